@@ -1,0 +1,119 @@
+"""The `mmpretrain` command: `train`, `evaluate`, `shards`; glue only."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmpretrain.errors import InputError
+
+USAGE = """usage: mmpretrain COMMAND ...
+
+  mmpretrain train [key=value ...]                        train (without arguments: a demo of a few minutes)
+  mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate a saved model zero-shot
+  mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
+
+`mmpretrain COMMAND --help` says more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "shards": _shards}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from mmpretrain import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        close = difflib.get_close_matches(arguments[0], commands, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return _fail(f"no command {arguments[0]!r}{hint} (commands: {', '.join(commands)})")
+    # Lightning's own use of a renamed torch class, said once for each call; nothing a user can change.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"mmpretrain: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _shards(arguments: list[str]) -> int:
+    from mmpretrain.shards_cli import main as shards
+
+    return shards(arguments)
+
+
+def _train(arguments: list[str]) -> int:
+    def job(config: Any) -> None:
+        from mmpretrain.train import Interrupted, show, train
+
+        try:
+            show(train(config))
+        except Interrupted as stop:
+            print(f"mmpretrain: {stop}", file=sys.stderr)
+            raise KeyboardInterrupt from stop
+
+    return _hydra("train", job, arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    def job(config: Any) -> None:
+        from mmpretrain.evaluate import evaluate
+        from mmpretrain.train import show
+
+        show(evaluate(config))
+
+    return _hydra("evaluate", job, arguments)
+
+
+def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from mmpretrain.composition import explain, register_resolvers
+
+    register_resolvers()
+    original = list(sys.argv)
+    failures: list[BaseException] = []
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    @hydra.main(config_path="pkg://mmpretrain.configs", config_name=name, version_base="1.3")
+    def run(config: Any) -> None:
+        # Lightning starts further local ranks with this process's own command line, so it must be whole again.
+        sys.argv = original
+        try:
+            job(config)
+        except (InputError, KeyboardInterrupt) as error:
+            failures.append(error)  # raised below: Hydra would print lines of its own, and end a sweep
+
+    # Hydra would print its errors over many lines and exit; raised, they can be said in one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [original[0], *arguments]
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if traceback_wanted:
+            raise
+        raise InputError(explain(error, name, arguments)) from error
+    finally:
+        sys.argv = original
+        if not traceback_wanted:
+            del os.environ["HYDRA_FULL_ERROR"]
+    if failures:
+        raise failures[0]
+    return 0

@@ -1,0 +1,1 @@
+"""Data sets that build their own shards; each module has a `build()` and its zero-shot tasks."""

@@ -1,0 +1,120 @@
+"""Ranks and collectives: the only file that talks to other processes; with one process everything is the identity.
+
+The convention every loss follows: each rank computes its own share, scaled so that the *mean over ranks* is the loss
+of the global batch. Data-parallel training averages gradients over ranks, so `gather` sends back the *sum* of the
+gradients that all ranks computed for a row, and averaging then gives the gradient of the global loss.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def is_distributed() -> bool:
+    """Say whether a process group of more than one rank is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Index of this process, 0 where there is only one."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Count of processes, 1 where there is only one."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_distributed():
+        dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        out = x.new_empty((world_size() * len(x), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # reduce_scatter would move 1/W of this; gloo lacks it, and the features are small beside the weights.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate (B,...) of all ranks, in rank order, to (G,...); gradients flow back to the rank a row came from.
+
+    Every rank must pass the same shape. The gradient of a row is the sum over ranks of what each computed for it.
+    """
+    if not is_distributed():
+        return x
+    gathered: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def gather_uneven(x: Tensor) -> Tensor:
+    """Concatenate (B_r,...) of all ranks in rank order, without gradient; first sizes may differ between ranks."""
+    if not is_distributed():
+        return x.detach()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], dtype=torch.int64, device=x.device))
+    longest = max(int(size) for size in sizes)
+    padded = x.new_zeros((longest, *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    blocks = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(blocks, padded)
+    return torch.cat([block[: int(size)] for block, size in zip(blocks, sizes, strict=True)])
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum a tensor of the same shape over ranks, without gradient."""
+    x = x.detach().clone()
+    if is_distributed():
+        dist.all_reduce(x)
+    return x
+
+
+def rotate(*tensors: Tensor) -> list[Tensor]:
+    """Send each tensor to the next rank and return what the previous rank sent, without gradient.
+
+    Repeating it `world_size` times brings every tensor home, so blocks can travel around the ring with their gradients.
+    """
+    if not is_distributed():
+        return list(tensors)
+    following, previous = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    sent = [x.detach().contiguous() for x in tensors]
+    received = [torch.empty_like(x) for x in sent]
+    operations = [dist.P2POp(dist.isend, x, following) for x in sent]
+    operations += [dist.P2POp(dist.irecv, x, previous) for x in received]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
+def run_id() -> str:
+    """Name of this run, the same on every rank although clocks differ: SLURM's job id, torchrun's store, or the time."""
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm_{os.environ['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return now
+    # torchrun's agent already serves this store; the process group only comes up later, inside the trainer.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"mmpretrain/run_id/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if os.environ["RANK"] == "0":
+        store.set(key, now)
+    return str(store.get(key).decode())

@@ -1,0 +1,150 @@
+"""Text encoder: an own Transformer, causal (CLIP, CoCa) or bidirectional (SigLIP, BERT-style)."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmpretrain.errors import InputError
+from mmpretrain.layers import Block, KeyValueCache, init_transformer
+from mmpretrain.types import Encoded
+
+Pooling = Literal["eos", "last", "mean", "class_token"]
+
+
+class TextState(NamedTuple):
+    """What step-by-step encoding remembers: one cache for each layer, and how many positions they hold."""
+
+    caches: list[KeyValueCache]
+    length: int
+
+
+class TextEncoder(nn.Module):
+    """Transformer over token ids: (B,L) -> pooled (B,width), tokens (B,L,width).
+
+    `pooling`: `eos` takes the first end-of-text position (CLIP); `last` the last position, padding included (SigLIP);
+    `mean` the average over real tokens; `class_token` a learned token appended after the text that sees all real
+    tokens and is seen by none (CoCa section 3.2). With `class_token` the returned tokens are those before the final
+    norm, as CoCa's decoder reads them; otherwise after it.
+
+    `class_mask="legacy"` reproduces released CoCa weights, whose mask for the class token is shifted by one position:
+    the class token sees the first padding and not itself; such text must be padded to `context_length`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context_length: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        eos_id: int,
+        causal: bool = True,
+        pooling: Pooling = "eos",
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
+        class_mask: Literal["exact", "legacy"] = "exact",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if pooling not in ("eos", "last", "mean", "class_token"):
+            raise InputError(f"pooling is {pooling!r}; choose one of eos, last, mean, class_token")
+        if not 0 <= eos_id < vocab_size:
+            raise InputError(f"eos_id {eos_id} is outside the vocabulary of {vocab_size} ids; give the tokenizer's")
+        self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
+        self.eos_id, self.causal, self.pooling, self.class_mask = eos_id, causal, pooling, class_mask
+        self.gradient_checkpointing = gradient_checkpointing
+        positions = context_length + (pooling == "class_token")
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(positions, width))
+        self.class_token = nn.Parameter(torch.empty(width)) if pooling == "class_token" else None
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, activation, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self._init(depth)
+
+    def _init(self, depth: int) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.01)
+        init_transformer(self.blocks, self.width, depth)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
+        """Encode (B,L) ids; `mask` (B,L) True = real, None = all real. Raises `InputError` beyond `context_length`."""
+        if values.ndim != 2 or values.shape[1] > self.context_length:
+            raise InputError(
+                f"text has shape {tuple(values.shape)} but the encoder was built for (B, up to {self.context_length}); "
+                "set the tokenizer's context_length equal to the text encoder's"
+            )
+        real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+        x = self._embed(values, 0)
+        if self.class_token is not None:
+            last = self.class_token + self.position_embedding[-1]
+            x = torch.cat([x, last.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+        x = self._run(x, self._attention_mask(real, mask is not None))
+        if self.class_token is not None:
+            return Encoded(self.norm(x[:, -1]), x[:, :-1], real)
+        tokens = self.norm(x)
+        return Encoded(self._pool(tokens, values, real), tokens, real)
+
+    def start(self) -> TextState:
+        """Begin step-by-step encoding with empty caches."""
+        if not self.causal:
+            raise InputError("step-by-step encoding needs a causal text encoder; set causal=true")
+        return TextState([KeyValueCache() for _ in self.blocks], 0)
+
+    def extend(self, ids: Tensor, state: TextState) -> tuple[Tensor, TextState]:
+        """Encode further (B,n) ids: their (B,n,width) tokens, equal to those of one full forward pass."""
+        x = self._embed(ids, state.length)
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x = block(x, causal=True, cache=cache)
+        tokens = x if self.class_token is not None else self.norm(x)
+        return tokens, TextState(state.caches, state.length + ids.shape[1])
+
+    def _embed(self, ids: Tensor, start: int) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding[start : start + ids.shape[1]]  # type: ignore[no-any-return]
+
+    def _attention_mask(self, real: Tensor, has_padding: bool) -> Tensor | None:
+        """Mask (B,1,1|N,N), or None where the triangle alone (or nothing) is enough.
+
+        Padding comes after the text, so a causal encoder needs no mask for it; only the class token must skip it.
+        """
+        if self.class_token is not None:
+            validity = _shifted(real) if self.class_mask == "legacy" else nn.functional.pad(real, (0, 1), value=True)
+            n = validity.shape[1]
+            mask = validity[:, None, None, :].expand(-1, -1, n, -1).clone()
+            if self.causal:
+                mask[:, :, :-1] = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()[:-1]
+            else:
+                mask[:, :, :-1, -1] = False
+            return mask
+        if self.causal or not has_padding:
+            return None
+        return real[:, None, None, :]
+
+    def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        causal = self.causal and mask is None
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, mask, causal, use_reentrant=False)
+            else:
+                x = block(x, mask, causal)
+        return x
+
+    def _pool(self, tokens: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        if self.pooling == "eos":
+            first = (ids == self.eos_id).int().argmax(dim=1)
+            return tokens[torch.arange(len(tokens), device=tokens.device), first]
+        if self.pooling == "last":
+            return tokens[:, -1]
+        weight = real.to(tokens.dtype).unsqueeze(-1)
+        return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _shifted(real: Tensor) -> Tensor:
+    """Validity of text then class token, one position late: what open_clip's CoCa builds."""
+    return nn.functional.pad(real, (1, 0), value=True)

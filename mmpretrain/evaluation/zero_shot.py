@@ -1,0 +1,156 @@
+"""Zero-shot classification: a picture belongs to the class whose name's embedding is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpretrain.distributed import rank, sum_over_ranks, world_size
+from mmpretrain.errors import InputError
+from mmpretrain.evaluation.confidence import class_recall_interval, metric, wilson
+from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_images, embed_texts, similarities
+from mmpretrain.evaluation.templates import GENERAL
+from mmpretrain.types import Tokenizer
+
+if TYPE_CHECKING:
+    from mmpretrain.model import MultimodalModel
+    from mmpretrain.pretrained import Pretrained
+
+
+def zero_shot_classifier(
+    model: MultimodalModel,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[str] = GENERAL,
+    batch_size: int = 256,
+) -> Tensor:
+    """Embed K class names to (K,E): the mean over templates of unit vectors, made a unit vector again.
+
+    Raises `InputError` where there are no class names or templates, or a template lacks its `{}`.
+    Source: Radford et al. 2021, section 3.1.4.
+    """
+    if not class_names or not templates:
+        raise InputError(
+            f"{len(class_names)} class names and {len(templates)} templates; expected at least one of each"
+        )
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(
+                f"template {template!r} has no place for the class name; write {{}} where it belongs"
+            )
+    # Not str.format: a brace inside a class name or template is text, not a field to look up.
+    texts = [template.replace("{}", name) for name in class_names for template in templates]
+    embeddings = embed_texts(model, tokenizer, texts, batch_size)
+    return F.normalize(embeddings.view(len(class_names), len(templates), -1).mean(dim=1), dim=-1)
+
+
+def class_hits(
+    images: Tensor, classifier: Tensor, labels: Tensor, ks: Sequence[int], chunk_size: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Count per class, over all ranks: top-k hits (len(ks),K) and samples (K,).
+
+    A hit has its label among the k nearest classes. images (N,E), classifier (K,E), labels (N,) int64 in [0,
+    K), the same on every rank; each rank scores its share in chunks. Raises `InputError` where an embedding
+    is not finite.
+    """
+    from torchmetrics.functional.classification import multiclass_stat_scores
+
+    classes = len(classifier)
+    check_finite(images)
+    check_finite(classifier)
+    mine, own = images[rank() :: world_size()], labels.to(images.device)[rank() :: world_size()]
+    totals = torch.zeros(len(ks), classes, dtype=torch.int64, device=images.device)
+    for chunk, label in zip(torch.split(mine, chunk_size), torch.split(own, chunk_size), strict=True):
+        scores = similarities(chunk, classifier)
+        for row, k in enumerate(ks):
+            # Columns: true positives, false positives, true negatives, false negatives, samples of the class.
+            found = multiclass_stat_scores(scores, label, classes, average="none", top_k=min(k, classes))
+            totals[row] += found.view(classes, 5)[:, 0]
+    return sum_over_ranks(totals), torch.bincount(labels, minlength=classes)
+
+
+class ZeroShotClassification:
+    """Evaluator: `top1`, `top5` and `mean_class_recall` of a data set of (image, int label).
+
+    `class_names[i]` names label i; None takes the data set's own `classes`. Mean per class recall is the mean
+    over the classes that occur of their top-1 recall. Intervals are Wilson's and, for the mean per class
+    recall, the bootstrap of `class_recall_interval`; chance is that of a random order of the classes.
+    """
+
+    def __init__(
+        self,
+        data: DataFactory,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = GENERAL,
+        ks: Sequence[int] = (1, 5),
+        batch_size: int = 256,
+        num_workers: int = 0,
+    ) -> None:
+        self.data = data
+        self.class_names = None if class_names is None else list(class_names)
+        self.templates = list(templates)
+        self.ks = check_ks(ks)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def __call__(self, pretrained: Pretrained) -> dict[str, float]:
+        """Classify every picture; the same numbers on every rank."""
+        model, tokenizer = pretrained.model, pretrained.tokenizer
+        data = self.data(transform=pretrained.preprocess)
+        names = _names(self.class_names, getattr(data, "classes", None))
+        images = embed_images(model, data, self.batch_size, self.num_workers)
+        labels = _labels(images.targets, len(names)).to(images.embeddings.device)
+        classifier = zero_shot_classifier(model, tokenizer, names, self.templates, self.batch_size)
+        # Top-1 goes first whatever `ks` says: mean per class recall needs it.
+        hits, counts = class_hits(images.embeddings, classifier, labels, (1, *self.ks))
+        found, total = hits.sum(dim=1).tolist(), len(labels)
+        results = {"images": float(total), "classes": float(len(names))}
+        for k, hit in zip(self.ks, found[1:], strict=True):
+            results |= metric(f"top{k}", hit / total, wilson(hit, total), min(k, len(names)) / len(names))
+        present = counts > 0
+        recall = float((hits[0][present] / counts[present]).cpu().double().mean())
+        interval = class_recall_interval(hits[0].tolist(), counts.tolist())
+        return results | metric("mean_class_recall", recall, interval, 1 / len(names))
+
+
+def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    """Return `ks` as a tuple; raises `InputError` unless they are positive."""
+    if not ks or min(ks) < 1:
+        raise InputError(f"ks is {list(ks)}; expected positive numbers such as [1, 5]")
+    return tuple(ks)
+
+
+def _names(given: list[str] | None, own: Any) -> list[str]:
+    labels: list[str] | None = None
+    if own is not None and all(isinstance(name, str) for name in own):
+        labels = list(own)
+    if given is None:
+        if not labels:
+            raise InputError(
+                "the data set does not name its classes; give `class_names`, in the order of its labels"
+            )
+        return labels
+    # Equal names in another order are the silent mistake: every number would be wrong and none would look it.
+    if labels is not None and (
+        len(labels) != len(given) or (sorted(labels) == sorted(given) and labels != given)
+    ):
+        raise InputError(
+            f"class_names are {given[:3]}… ({len(given)}), but the data set's labels stand for "
+            f"{labels[:3]}… ({len(labels)}); "
+            "give one name per label, in the data set's order"
+        )
+    return given
+
+
+def _labels(targets: list[Any], classes: int) -> Tensor:
+    for index, label in enumerate(targets):
+        if not isinstance(label, int) or not 0 <= label < classes:
+            raise InputError(
+                f"item {index} has label {label!r}; expected a whole number from 0 to {classes - 1}, one "
+                f"for each of the {classes} class names: add the missing names or correct the label"
+            )
+    return torch.tensor(targets, dtype=torch.int64)

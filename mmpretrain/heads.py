@@ -1,0 +1,34 @@
+"""Heads: what is predicted from fused tokens, as a `Prediction` that the loss multiplies out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmpretrain.types import IGNORE_INDEX, Batch, Prediction
+
+
+class CaptionHead(nn.Module):
+    """Next-token prediction with an untied output embedding (V,width) (CoCa section 3.2).
+
+    Position i predicts token i+1; padding is never asked, and neither is anything before the first token.
+    """
+
+    needs_causal = True
+    """The text encoder must not let position i see token i+1; checked when the model is built."""
+
+    def __init__(self, vocab_size: int, width: int, modality: str = "text") -> None:
+        super().__init__()
+        self.modality = modality
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, fused: Mapping[str, Tensor], batch: Batch) -> Prediction:
+        """Predict from fused (B,L,width) tokens: hidden (B,L-1,width) with labels (B,L-1)."""
+        values, mask = batch[self.modality]
+        labels = values[:, 1:]
+        if mask is not None:
+            labels = labels.masked_fill(~mask[:, 1:], IGNORE_INDEX)
+        return Prediction(fused[self.modality][:, :-1], self.weight, labels)

@@ -1,0 +1,22 @@
+"""Losses: pure functions below, thin callables above; each sees only `Outputs`."""
+
+from mmpretrain.losses.contrastive import (
+    ContrastiveLoss,
+    MultiPositiveContrastiveLoss,
+    contrastive_loss,
+    multi_positive_contrastive_loss,
+)
+from mmpretrain.losses.prediction import PredictionLoss, prediction_loss
+from mmpretrain.losses.sigmoid import SigmoidLoss, ring_sigmoid_loss, sigmoid_loss
+
+__all__ = [
+    "ContrastiveLoss",
+    "MultiPositiveContrastiveLoss",
+    "PredictionLoss",
+    "SigmoidLoss",
+    "contrastive_loss",
+    "multi_positive_contrastive_loss",
+    "prediction_loss",
+    "ring_sigmoid_loss",
+    "sigmoid_loss",
+]

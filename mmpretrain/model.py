@@ -1,0 +1,126 @@
+"""The model: encoders and projections into one shared space, with optional fusion and heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmpretrain.errors import InputError
+from mmpretrain.types import Batch, Encoded, Outputs, Padded, Prediction
+
+
+class MultimodalModel(nn.Module):
+    """Separate encoders into one space of `embed_dim` dimensions, joined by an optional fusion.
+
+    CLIP is two encoders; SigLIP adds `logit_bias`; CoCa adds a fusion and a caption head. `projections` default to a
+    bias-free linear map for each encoder with std width^-0.5 (CLIP); give `torch.nn.Identity()` where an encoder
+    already has `embed_dim` dimensions. `freeze` names encoders that are not trained and stay in evaluation mode.
+
+    `logit_scale` holds ln(scale) as (1,), and `logit_bias` (1,) or None; both are kept in float32 by the losses.
+    Raises `InputError` where the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        encoders: Mapping[str, nn.Module],
+        fusion: nn.Module | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        projections: Mapping[str, nn.Module] | None = None,
+        logit_scale: float = 1 / 0.07,
+        logit_bias: float | None = None,
+        freeze: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.encoders = nn.ModuleDict(encoders)
+        given = projections or {}
+        self.projections = nn.ModuleDict(
+            {m: given[m] if m in given else _projection(encoder, embed_dim) for m, encoder in encoders.items()}
+        )
+        self.fusion = fusion
+        self.heads = nn.ModuleDict(heads or {})
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(logit_scale)))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.full((1,), float(logit_bias)))
+        self.frozen = frozenset(freeze)
+        self._check(set(given))
+        for name in self.frozen:
+            self.encoders[name].requires_grad_(False)
+        self.train()
+
+    def _check(self, projected: set[str]) -> None:
+        unknown = (self.frozen | projected) - set(self.encoders)
+        if unknown:
+            raise InputError(f"freeze or projections name {sorted(unknown)}; the encoders are {sorted(self.encoders)}")
+        for name, head in self.heads.items():
+            modality = getattr(head, "modality", None)
+            if getattr(head, "needs_causal", False) and not getattr(self.encoders[modality], "causal", True):
+                raise InputError(
+                    f"head {name!r} predicts the next token of {modality!r}, whose encoder is bidirectional and so sees "
+                    f"it; set model.encoders.{modality}.causal=true"
+                )
+            if self.fusion is None:
+                raise InputError(f"head {name!r} needs fused tokens but the model has no fusion; give model.fusion")
+
+    def train(self, mode: bool = True) -> MultimodalModel:
+        """Switch to training mode, except frozen encoders, which stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.encoders[name].eval()
+        return self
+
+    def encode(self, modality: str, values: Padded | Tensor) -> Encoded:
+        """Run one encoder: pooled (B,D), tokens (B,N,D), mask (B,N). Raises `InputError` for an unknown modality."""
+        if modality not in self.encoders:
+            raise InputError(f"no encoder for {modality!r}; this model has {', '.join(self.encoders)}")
+        padded = values if isinstance(values, Padded) else Padded(values)
+        encoded: Encoded = self.encoders[modality](*padded)
+        return encoded
+
+    def embed(self, modality: str, values: Padded | Tensor) -> Tensor:
+        """Embed a batch of one modality: (B,E) float32 unit vectors."""
+        return self._project(modality, self.encode(modality, values))
+
+    def encode_image(self, values: Padded | Tensor) -> Tensor:
+        """Embed images, under the name the ecosystem expects: (B,E) unit vectors."""
+        return self.embed("image", values)
+
+    def encode_text(self, values: Padded | Tensor) -> Tensor:
+        """Embed texts, under the name the ecosystem expects: (B,E) unit vectors."""
+        return self.embed("text", values)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Encode, embed and fuse every modality of a batch."""
+        encoded = {m: self.encode(m, padded) for m, padded in batch.items()}
+        embeddings = {m: self._project(m, e) for m, e in encoded.items()}
+        fused = {} if self.fusion is None else self.fusion(encoded)
+        predictions: dict[str, Prediction] = {n: h(fused, batch) for n, h in self.heads.items() if h.modality in fused}
+        identities = {m: identity(p) for m, p in batch.items() if not p.values.is_floating_point() and p.values.ndim == 2}
+        return Outputs(embeddings, self.logit_scale.exp(), self.logit_bias, predictions, identities)
+
+    def _project(self, modality: str, encoded: Encoded) -> Tensor:
+        projected = self.projections[modality](encoded.pooled)
+        # Half precision is too coarse for unit vectors and their similarities; float64 stays for exact tests.
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+
+
+def identity(padded: Padded) -> Tensor:
+    """Hash (B,L) ids to (B,) int64 that does not depend on how far a row is padded; equal rows have equal hashes."""
+    values, mask = padded
+    # Wrapping int64 arithmetic: an odd-multiplier polynomial in the position, mixed per id; collisions ~ 2^-63 per pair.
+    position = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=torch.int64)
+    mixed = (values.to(torch.int64) + 1) * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 29)) * (position * -4658895280553007687 + 1442695040888963407)
+    mixed = mixed ^ (mixed >> 32)
+    return (mixed if mask is None else mixed * mask).sum(1)
+
+
+def _projection(encoder: nn.Module, embed_dim: int) -> nn.Linear:
+    width: int = encoder.width  # type: ignore[assignment]
+    layer = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer

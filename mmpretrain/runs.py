@@ -1,0 +1,69 @@
+"""Run folders: where a run writes, and where a resumed one goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mmpretrain.errors import InputError
+
+
+class Run(NamedTuple):
+    """A run folder, and the checkpoint to go on from (None = from the start)."""
+
+    folder: Path
+    checkpoint: str | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    def start(self, config: DictConfig) -> None:
+        """Make the folder, write the resolved config, and point `latest` at it."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+        link = self.folder.parent / "latest"
+        if link.is_symlink() or not link.exists():
+            temporary = link.with_name(f".latest.{os.getpid()}")
+            temporary.symlink_to(self.folder.name, target_is_directory=True)
+            os.replace(temporary, link)
+
+
+def open_run(config: DictConfig) -> Run:
+    """Find the folder a run writes to; raises `InputError` where it is taken, or there is nothing to resume."""
+    if config.resume is not None:
+        return _resumed(config)
+    folder = _folder(config)
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        raise InputError(
+            f"run_dir {folder} already holds a run; give another run_dir, or resume=auto to go on with that one"
+        )
+    return Run(folder, None)
+
+
+def _folder(config: DictConfig) -> Path:
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.output_dir).resolve()
+    return Path(config.run_dir).resolve()
+
+
+def _resumed(config: DictConfig) -> Run:
+    if config.resume == "auto":
+        folder = _folder(config)
+        if not folder.exists():
+            folder = folder.parent / "latest"
+    else:
+        given = Path(config.resume)
+        if given.is_file():
+            return Run(given.resolve().parent.parent, str(given.resolve()))
+        folder = given
+    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"resume={config.resume}: {folder} holds no checkpoint; give a run folder or a checkpoint file")
+    return Run(folder.resolve(), str(found[-1].resolve()))

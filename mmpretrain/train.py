@@ -1,0 +1,158 @@
+"""`mmpretrain train`: build everything a config describes, train, evaluate, save and report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from mmpretrain.config import instantiate
+from mmpretrain.data.datamodule import DataModule
+from mmpretrain.errors import InputError
+from mmpretrain.model import MultimodalModel
+from mmpretrain.pretrained import Pretrained, save
+from mmpretrain.runs import Run, open_run
+from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, StopOnInterrupt
+from mmpretrain.training.csv_logger import MetricsCsv
+from mmpretrain.training.module import TrainingModule
+from mmpretrain.types import Tokenizer
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C after saving; the message says how to go on."""
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Train what `config` (see configs/train.yaml) describes and return the final metrics.
+
+    Raises `InputError` for a config whose parts do not fit, before anything is written; `Interrupted` after Ctrl-C.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    allow = tuple(config.allow_targets)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    build = lambda part, *args, **kwargs: instantiate(part, *args, allow=allow, **kwargs)  # noqa: E731
+    tokenizer: Tokenizer = build(config.tokenizer)
+    model: MultimodalModel = build(config.model)
+    check_tokenizer(model, tokenizer)
+    losses = build(config.losses)
+    optimizer = build(config.optimizer)
+    module = TrainingModule(
+        model,
+        losses["losses"],
+        optimizer["optimizer"],
+        optimizer["groups"],
+        optimizer["weight_decay"],
+        build(config.scheduler),
+        losses["weights"],
+    )
+    data: DataModule = build(config.data.module)
+    evaluation = Evaluation(
+        build(config.evaluators), build(config.data.preprocess), tokenizer, config.callbacks.evaluate_every_n_steps
+    )
+    run = open_run(config)
+    stop = StopOnInterrupt()
+    trainer: lightning.Trainer = build(
+        config.trainer,
+        callbacks=[Metrics(config.callbacks.log_every_n_steps), ProgressLine(), evaluation, stop, *checkpoints(config, run), *build(config.callbacks.extra)],
+        logger=[MetricsCsv(run.folder), *loggers(build(config.logger), run)],
+        default_root_dir=str(run.folder),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # nothing goes through Lightning's own logging; see Metrics
+    )
+    if trainer.is_global_zero:
+        run.start(config)
+        print(f"run folder: {run.folder}", file=sys.stderr)
+    trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
+    if stop.interrupted:
+        trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+        raise Interrupted(
+            f"stopped at step {trainer.global_step} of {trainer.max_steps}; go on with the same command and "
+            f"run_dir={run.folder} resume=auto"
+        )
+    return finish(config, run, trainer, evaluation)
+
+
+def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation: Evaluation) -> dict[str, float]:
+    """Write model, metrics and report, on rank 0; the data module's counts join the metrics."""
+    data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
+    model: MultimodalModel = trainer.lightning_module.model  # type: ignore[assignment]
+    final = {**evaluation.metrics, "train/steps": float(trainer.global_step)}
+    final["train/truncated_captions"] = float(data.collate.truncated.value)
+    for name, sizes in data.sizes().items():
+        final[f"train/{name}/samples"] = float(sizes.samples)
+    if trainer.is_global_zero:
+        from mmpretrain.evaluation import write_metrics
+        from mmpretrain.report import report_run
+
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+        parts = {part: resolved[part] for part in ("model", "tokenizer")}
+        save(run.folder / "model", model, {**parts, "preprocess": resolved["data"]["preprocess"]})
+        write_metrics(run.folder / "metrics.json", final)
+        if config.report:
+            pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
+            path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
+            print(f"report: {path}", file=sys.stderr)
+    return final
+
+
+def checkpoints(config: DictConfig, run: Run) -> list[ModelCheckpoint]:
+    """Keep the last checkpoint every N steps, and the best one where a metric is named."""
+    every = config.callbacks.checkpoint_every_n_steps
+    found = [
+        ModelCheckpoint(run.checkpoints, "last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
+    ]
+    best = config.callbacks.best
+    if best.monitor is not None:
+        interval = config.callbacks.evaluate_every_n_steps
+        if not interval:
+            raise InputError("callbacks.best needs evaluations during training; set callbacks.evaluate_every_n_steps")
+        found.append(
+            ModelCheckpoint(
+                run.checkpoints,
+                "best",
+                monitor=best.monitor,
+                mode=best.mode,
+                every_n_train_steps=interval,
+                enable_version_counter=False,
+            )
+        )
+    return found
+
+
+def loggers(built: Any, run: Run) -> list[Logger]:
+    """List the loggers of the config group besides the CSV file, which is always written."""
+    return [value for value in (built or {}).values() if isinstance(value, Logger)]
+
+
+def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
+    """Raise `InputError` where the text encoder was built for another tokenizer."""
+    if "text" not in model.encoders:
+        return
+    encoder = model.encoders["text"]
+    for attribute in ("vocab_size", "eos_id", "context_length"):
+        want, got = getattr(encoder, attribute, None), getattr(tokenizer, attribute)
+        if want is not None and want != got:
+            raise InputError(
+                f"the text encoder has {attribute} {want}, the tokenizer {got}; set model.encoders.text.{attribute}={got}"
+            )
+
+
+def show(metrics: Mapping[str, float]) -> None:
+    """Print the metrics that have a chance level as a short table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value", "95 % interval", "chance")
+    for name, value in metrics.items():
+        if f"{name}/chance" in metrics:
+            low, high = metrics[f"{name}/ci_low"], metrics[f"{name}/ci_high"]
+            table.add_row(name, f"{value:.1%}", f"{low:.1%} to {high:.1%}", f"{metrics[f'{name}/chance']:.1%}")
+    Console().print(table)

@@ -1,0 +1,133 @@
+"""The types that cross boundaries: what the data gives, what encoders and the model return, what losses see.
+
+Legend of shape letters, used in every docstring of this package:
+
+| letter | meaning |
+| --- | --- |
+| B | batch (this rank's samples) |
+| G | global batch (all ranks' samples) |
+| N | tokens of one sample, any modality |
+| L | text length |
+| D | encoder width |
+| E | shared embedding size |
+| V | vocabulary size |
+| T | video frames |
+| F | mel bins |
+| C, H, W | channels, height, width |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position at which nothing is asked (the value `torch.nn.functional.cross_entropy` skips)."""
+
+
+class Padded(NamedTuple):
+    """One modality inside a batch.
+
+    `values`: image (B,C,H,W) uint8 or float, text (B,L) int64, audio (B,1,F,T), video (B,T,C,H,W).
+    `mask`: (B,L) or (B,T) bool, True = real; None = nothing is padding.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Padded:
+        """Move both tensors to `device`."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return Padded(self.values.to(device, non_blocking=non_blocking), mask)
+
+
+Batch = dict[str, Padded]
+"""Modality name -> values."""
+
+
+class Encoded(NamedTuple):
+    """What every encoder returns: pooled (B,D) not normalised, tokens (B,N,D), mask (B,N) True = may be attended to."""
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+class Prediction(NamedTuple):
+    """A classification over a vocabulary that is not multiplied out.
+
+    hidden (B,L,D), weight (V,D) the output embedding, labels (B,L) int64 with `IGNORE_INDEX` where nothing is asked.
+    The loss decides how to multiply, so that (B,L,V) logits need never exist.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+
+
+class Outputs(NamedTuple):
+    """What the model returns, and the only thing a loss sees.
+
+    `embeddings`: modality -> (B,E) float32 of unit norm.
+    `logit_scale`: (1,) already exponentiated.
+    `logit_bias`: (1,), or None where the model has none.
+    `predictions`: name of a head -> what it predicts.
+    `identities`: modality -> (B,) int64, equal exactly where two rows carry the same token ids; only for modalities
+    that are given as ids. A loss that counts coinciding captions as positives compares them, across ranks too.
+    """
+
+    embeddings: dict[str, Tensor]
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    predictions: dict[str, Prediction]
+    identities: dict[str, Tensor]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Raw modality -> `Encoded`; `width` is D of its pooled output."""
+
+    width: int
+
+    def __call__(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
+        """Encode a batch."""
+
+
+class Fusion(Protocol):
+    """Encoded modalities -> fused tokens (B,N,D) of the modalities it predicts."""
+
+    def __call__(self, encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
+        """Join the modalities."""
+
+
+class Head(Protocol):
+    """Fused tokens and the batch they came from -> a `Prediction`."""
+
+    def __call__(self, fused: Mapping[str, Tensor], batch: Batch) -> Prediction:
+        """Predict."""
+
+
+class Loss(Protocol):
+    """`Outputs` -> scalar; averaging the scalar (and its gradients) over ranks gives the global batch's loss."""
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """Compute the loss of this rank's share."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Texts -> ids (B,L) int64 and their mask, each row beginning with the start id (if any) and ending with `eos_id`."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    eos_id: int
+
+    def __call__(self, texts: Sequence[str]) -> Padded:
+        """Tokenize a batch of texts."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Turn ids back into text, leaving out start, end and padding ids."""

@@ -1,0 +1,140 @@
+"""`mmpretrain shards`: a folder or table in, shards and a summary out, one line on wrong input."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmpretrain.data.shards import Shard, expand, iter_shard
+from mmpretrain.shards_cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for i in range(7):
+        path = tmp_path / "pictures" / f"{'ab'[i % 2]}_x" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.with_suffix(".txt").write_text(f"picture {i}\x1b[31m")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "pictures"
+
+
+def test_write_then_list(pictures: Path, capsys: Capture) -> None:
+    (pictures / "a_x" / "2.jpg").write_bytes(b"no picture")
+    assert main(["write", "pictures", "out", "--samples-per-shard", "3", "--workers", "1"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.splitlines() == [
+        "6 samples in 3 shards: out/{00000..00002}.tar",
+        "1 picture skipped, listed with the reason in out/skipped.jsonl",
+        "train on them: mmpretrain train experiment=image_text_clip \"data.train='out/{00000..00002}.tar'\"",
+    ]
+    shards = expand("out/{00000..00002}.tar")  # the name it printed
+    assert [len(Shard(shard)) for shard in shards] == [3 - 1, 3, 1]
+
+    assert main(["list", "out", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["shards"][1] == {"path": "out/00001.tar", "samples": 3}
+    assert about["samples"] == 6
+    samples = [sample for shard in shards for sample in iter_shard(shard)]
+    assert about["fields"] == {
+        field: {"samples": 6, "bytes": sum(len(sample[field]) for sample in samples)}
+        for field in ("jpg", "txt")
+    }
+    assert about["captions"][0] == {"key": "a_x/0", "text": "picture 0\ufffd[31m"}
+
+    assert main(["list", "out/00002.tar"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["out/00002.tar: 1 samples", "1 samples in 1 shard"]
+    assert "  txt: 1 samples, 14 B" in lines
+    assert lines[-1] == "  b_x/5: picture 5\ufffd[31m"
+
+
+def test_classes_and_prefix(pictures: Path, capsys: Capture) -> None:
+    arguments = ["write", "pictures", "out", "--classes", "--prefix", "train-", "--workers", "1"]
+    assert main(arguments) == 0
+    assert "data.train='out/train-00000.tar'" in capsys.readouterr().out
+    assert json.loads(Path("out/classes.json").read_text()) == ["a x", "b x"]
+    samples = list(iter_shard("out/train-00000.tar"))
+    assert [(sample["txt"], sample["cls"]) for sample in samples] == [(b"a x", b"0")] * 4 + [
+        (b"b x", b"1")
+    ] * 3
+    assert main(["write", "pictures", "out", "--prefix", "train-", "--workers", "1"]) == 2
+    assert "begun with classes=True, now it is False" in capsys.readouterr().err
+    assert main(["write", "pictures", "out", "--prefix", "new-", "--workers", "1", "--overwrite"]) == 0
+    assert [path.name for path in Path("out").glob("*.tar")] == ["new-00000.tar"]
+
+
+def test_table_with_two_workers(pictures: Path, capsys: Capture) -> None:
+    rows = [{"p": f"{'ab'[i % 2]}_x/{i}.jpg", "en": f"e{i}", "de": f"d{i}", "id": f"k{i}"} for i in range(7)]
+    (pictures / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = [
+        "--image-column",
+        "p",
+        "--caption-column",
+        "en",
+        "--caption-column",
+        "de",
+        "--key-column",
+        "id",
+    ]
+    options = ["--samples-per-shard", "4", "--workers", "2"]
+    assert main(["write", "pictures/t.jsonl", "out", *columns, *options]) == 0
+    samples = [sample for shard in expand("out") for sample in iter_shard(shard)]
+    assert [sample["__key__"] for sample in samples] == [f"k{i}" for i in range(7)]
+    assert json.loads(samples[6]["json"]) == {"caption": {"en": "e6", "de": "d6"}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["write", "missing", "out"], "missing does not exist; expected a folder of pictures or a .csv"),
+        (["write", "pictures/a_x/0.jpg", "out"], "is no table"),
+        (["write", "pictures", "out", "--key-column", "x"], "need a table"),
+        (["write", "pictures/t.csv", "out", "--classes"], "--classes needs a folder"),
+        (["write", "pictures/t.csv", "out"], "no column 'image', only p, c; set --image-column"),
+        (["write", "pictures", "out", "--samples-per-shard", "0"], "samples_per_shard=0"),
+        (["write", "pictures", "pictures/t.csv"], "cannot be written"),
+        (["list", "missing.tar"], "does not exist"),
+        (["list", "pictures/t.csv"], "not a tar file"),
+    ],
+)
+def test_wrong_input_is_one_line(pictures: Path, capsys: Capture, argv: list[str], says: str) -> None:
+    (pictures / "t.csv").write_text("p,c\n" + "a,b\n" * 200)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmpretrain: error: ") and error.count("\n") == 1 and says in error
+
+
+@pytest.mark.parametrize("folder", ["out", "a b", "it's", "$HOME", "back\\slash", 'quo"te'])
+def test_the_printed_command_reaches_hydra_whole(pictures: Path, capsys: Capture, folder: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert main(["write", "pictures", folder, "--samples-per-shard", "4", "--workers", "1"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on them: ")
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+    )
+    override = OverridesParser.create().parse_override(shown.stdout.splitlines()[-1])
+    assert override.get_key_element() == "data.train"
+    assert expand(str(override.value())) == [f"{folder}/0000{i}.tar" for i in range(2)]
+
+
+def test_help_and_unknown_options(capsys: Capture) -> None:
+    for argv, status in (
+        (["--help"], 0),
+        (["write", "--help"], 0),
+        ([], 2),
+        (["write", "a", "b", "--nope"], 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == status
+    assert "usage: mmpretrain shards" in capsys.readouterr().out
