@@ -38,6 +38,7 @@ setup(
     },
     install_requires=[
         "aiohttp>=3.9",
+        "braceexpand>=0.1.7",
         "fsspec>=2024.2",
         "ftfy>=6.1",
         "hydra-core>=1.3.2,<1.4",

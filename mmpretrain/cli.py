@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,17 @@ USAGE = """usage: mmpretrain COMMAND ...
   mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
 
 `mmpretrain COMMAND --help` says more."""
+
+BRACES = re.compile(r"^([^='\"]+)=([^='\"\[]*\{\d+\.\.\d+\}[^'\"\]]*)$")
+"""An override whose value has a numeric brace range and no quotes of its own."""
+
+HARMLESS = (
+    ".*LeafSpec.*",  # Lightning's use of a renamed torch class
+    "Checkpoint directory .* exists and is not empty",  # a resumed run
+    ".*does not have many workers",  # decided in the config
+    ".*your dataloader is not resumable",  # ours begins at the step it is resumed from
+)
+"""Warnings of libraries that a user can do nothing about."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(arguments[0], commands, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return _fail(f"no command {arguments[0]!r}{hint} (commands: {', '.join(commands)})")
-    # Lightning's own use of a renamed torch class, said once for each call; nothing a user can change.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message)
     try:
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
@@ -98,14 +110,16 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         sys.argv = original
         try:
             job(config)
-        except (InputError, KeyboardInterrupt) as error:
+        except (InputError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
             failures.append(error)  # raised below: Hydra would print lines of its own, and end a sweep
 
     # Hydra would print its errors over many lines and exit; raised, they can be said in one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [original[0], *arguments]
+    sys.argv = [original[0], *shell_friendly(arguments)]
     try:
         run()
+        if failures:
+            raise failures[0]
     except (HydraException, OmegaConfBaseException) as error:
         if traceback_wanted:
             raise
@@ -114,6 +128,11 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         sys.argv = original
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
-    if failures:
-        raise failures[0]
     return 0
+
+
+def shell_friendly(arguments: Sequence[str]) -> list[str]:
+    """Let `data.train=/path/{000..009}.tar` and `-m` anywhere mean what they say; Hydra's grammar needs help with both."""
+    multirun = [a for a in arguments if a in ("-m", "--multirun")]
+    rest = [a for a in arguments if a not in multirun]
+    return [*multirun, *(BRACES.sub(r"\1='\2'", a) for a in rest)]

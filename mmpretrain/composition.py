@@ -11,6 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from mmpretrain.distributed import run_id
 
@@ -39,16 +40,17 @@ def explain(error: BaseException, config_name: str, arguments: Sequence[str]) ->
     text = " ".join(" ".join(str(link) for link in chain).split())
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        key = unknown[1]
+        inner = re.search(r"full_key: (\S+)", text)
+        key = inner[1] if inner else unknown[1]
         return f"no key {key!r} in the config{_nearest(key, _keys(config_name, arguments))}; a new key is added with +{key}=..."
     option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text)
     if option:
         group, _, choice = option[1].rpartition("/")
         options = re.findall(r"\S+", text.split(f"Available options in '{group}':")[-1].split(" Config search path")[0])
         return f"no {group or 'config'} {choice!r}{_nearest(choice, options)}; there are: {', '.join(dict.fromkeys(options))}"
-    needed = re.search(r"Missing mandatory value: (\S+)", text)
-    if needed:
-        return f"{needed[1]} is not set; give it on the command line: {needed[1]}=..."
+    if any(isinstance(link, MissingMandatoryValue) for link in chain):
+        key = next((str(link.full_key) for link in chain if getattr(link, "full_key", None)), text)
+        return f"{key} is not set; give it on the command line: {key}=..."
     return " ".join(str(chain[0]).split())
 
 

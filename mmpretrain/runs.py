@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from mmpretrain.errors import InputError
 
@@ -40,7 +43,8 @@ def open_run(config: DictConfig) -> Run:
     if config.resume is not None:
         return _resumed(config)
     folder = _folder(config)
-    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+    taken = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+    if taken and rank_zero_only.rank == 0:  # further ranks start later, when the first has made the folder
         raise InputError(
             f"run_dir {folder} already holds a run; give another run_dir, or resume=auto to go on with that one"
         )
@@ -67,3 +71,23 @@ def _resumed(config: DictConfig) -> Run:
     if not found:
         raise InputError(f"resume={config.resume}: {folder} holds no checkpoint; give a run folder or a checkpoint file")
     return Run(folder.resolve(), str(found[-1].resolve()))
+
+
+def check_checkpoint(path: str | None, module: nn.Module) -> None:
+    """Raise `InputError` listing what differs where a checkpoint file is another model's."""
+    if path is None or Path(path).is_dir():  # a folder of shards is checked by torch as it is read
+        return
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    shapes = [k for k in sorted(own.keys() & saved.keys()) if own[k].shape != saved[k].shape]
+    problems = [
+        f"{name} {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for name, keys in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise InputError(
+            f"checkpoint {path} is of another model: tensors {'; '.join(problems)}; "
+            "resume with the config it was made with"
+        )

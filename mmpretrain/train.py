@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning
@@ -18,7 +18,7 @@ from mmpretrain.data.datamodule import DataModule
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
-from mmpretrain.runs import Run, open_run
+from mmpretrain.runs import Run, check_checkpoint, open_run
 from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, StopOnInterrupt
 from mmpretrain.training.csv_logger import MetricsCsv
 from mmpretrain.training.module import TrainingModule
@@ -32,36 +32,32 @@ class Interrupted(Exception):
 def train(config: DictConfig) -> dict[str, float]:
     """Train what `config` (see configs/train.yaml) describes and return the final metrics.
 
-    Raises `InputError` for a config whose parts do not fit, before anything is written; `Interrupted` after Ctrl-C.
+    Raises `InputError` for parts that do not fit or data that is not there, before a run folder is made;
+    `Interrupted` after Ctrl-C.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    allow = tuple(config.allow_targets)
+    resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    build = partial(instantiate, allow=tuple(config.allow_targets))
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    build = lambda part, *args, **kwargs: instantiate(part, *args, allow=allow, **kwargs)  # noqa: E731
     tokenizer: Tokenizer = build(config.tokenizer)
     model: MultimodalModel = build(config.model)
     check_tokenizer(model, tokenizer)
-    losses = build(config.losses)
-    optimizer = build(config.optimizer)
-    module = TrainingModule(
-        model,
-        losses["losses"],
-        optimizer["optimizer"],
-        optimizer["groups"],
-        optimizer["weight_decay"],
-        build(config.scheduler),
-        losses["weights"],
-    )
+    arguments = dict(resolved["trainer"])
+    module = training_module(config, model, arguments.pop("micro_batch_size", None), build)
+    run = open_run(config)
+    check_checkpoint(run.checkpoint, module)
     data: DataModule = build(config.data.module)
+    data.prepare_data()
+    data.setup()
     evaluation = Evaluation(
         build(config.evaluators), build(config.data.preprocess), tokenizer, config.callbacks.evaluate_every_n_steps
     )
-    run = open_run(config)
     stop = StopOnInterrupt()
+    own = [Metrics(config.callbacks.log_every_n_steps), ProgressLine(), evaluation, stop]
     trainer: lightning.Trainer = build(
-        config.trainer,
-        callbacks=[Metrics(config.callbacks.log_every_n_steps), ProgressLine(), evaluation, stop, *checkpoints(config, run), *build(config.callbacks.extra)],
-        logger=[MetricsCsv(run.folder), *loggers(build(config.logger), run)],
+        arguments,
+        callbacks=[*own, *checkpoints(config, run), *build(config.callbacks.extra)],
+        logger=[MetricsCsv(run.folder), *loggers(build(config.logger))],
         default_root_dir=str(run.folder),
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -78,6 +74,28 @@ def train(config: DictConfig) -> dict[str, float]:
             f"run_dir={run.folder} resume=auto"
         )
     return finish(config, run, trainer, evaluation)
+
+
+def training_module(
+    config: DictConfig, model: MultimodalModel, micro_batch_size: int | None, build: Callable[..., Any]
+) -> TrainingModule:
+    """Build losses, optimizer and scheduler around a model."""
+    if config.trainer.get("accumulate_grad_batches", 1) != 1:
+        raise InputError(
+            "trainer.accumulate_grad_batches changes a contrastive loss, which needs all of a batch's negatives at once; "
+            "set trainer.micro_batch_size instead, which changes no gradient"
+        )
+    losses, optimizer = build(config.losses), build(config.optimizer)
+    return TrainingModule(
+        model,
+        losses["losses"],
+        optimizer["optimizer"],
+        optimizer["groups"],
+        optimizer["weight_decay"],
+        build(config.scheduler),
+        losses["weights"],
+        micro_batch_size,
+    )
 
 
 def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation: Evaluation) -> dict[str, float]:
@@ -127,7 +145,7 @@ def checkpoints(config: DictConfig, run: Run) -> list[ModelCheckpoint]:
     return found
 
 
-def loggers(built: Any, run: Run) -> list[Logger]:
+def loggers(built: Any) -> list[Logger]:
     """List the loggers of the config group besides the CSV file, which is always written."""
     return [value for value in (built or {}).values() if isinstance(value, Logger)]
 

@@ -149,6 +149,7 @@ class DataModule(lightning.LightningDataModule):
         self.global_batch_size, self.seed = global_batch_size, seed
         self.num_workers, self.prefetch_factor, self.prepare = num_workers, prefetch_factor, prepare
         self.shards: dict[str, list[Shard]] = {}
+        self.orders: dict[str, Order] = {}
 
     def prepare_data(self) -> None:
         """Build the data where it has to be built (one process on each machine)."""
@@ -157,9 +158,16 @@ class DataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find and index the shards of every source, and try one sample of each."""
-        if not self.shards:
-            self.shards = {name: [Shard(p) for p in expand(source.shards)] for name, source in self.sources.items()}
-            self._try_one_sample()
+        if self.orders:
+            return
+        self.shards = {name: [Shard(p) for p in expand(source.shards)] for name, source in self.sources.items()}
+        examples = ShardExamples(self.sources, self.shards, self.seed)
+        for name, source in self.sources.items():
+            sizes = [len(shard) for shard in self.shards[name]]
+            if not any(sizes):
+                raise InputError(f"the {len(sizes)} shards of {source.shards!r} hold no sample; give shards with samples")
+            self.orders[name] = Order(sizes, self.global_batch_size, self.seed, window=source.window)
+            self.collate([examples[name, Position(0, 0)]])
 
     def sizes(self) -> dict[str, Sizes]:
         """Count shards and samples of each source."""
@@ -182,27 +190,16 @@ class DataModule(lightning.LightningDataModule):
                 f"set data.global_batch_size to a multiple of {world_size}"
             )
         self.setup()
-        orders = {
-            name: Order([len(s) for s in shards], self.global_batch_size, self.seed, window=self.sources[name].window)
-            for name, shards in self.shards.items()
-        }
-        local = dict.fromkeys(orders, self.global_batch_size // world_size)
+        local = dict.fromkeys(self.orders, self.global_batch_size // world_size)
         return DataLoader(
             ShardExamples(self.sources, self.shards, self.seed),
-            batch_sampler=StepSampler(orders, local, rank, start_step, max_steps),
+            batch_sampler=StepSampler(self.orders, local, rank, start_step, max_steps),
             collate_fn=self.collate,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
         )
-
-    def _try_one_sample(self) -> None:
-        examples = ShardExamples(self.sources, self.shards, self.seed)
-        for name, shards in self.shards.items():
-            if not any(map(len, shards)):
-                raise InputError(f"the {len(shards)} shards of {self.sources[name].shards!r} hold no sample")
-            self.collate([examples[name, Position(0, 0)]])
 
 
 def _start_worker(_: int) -> None:

@@ -104,12 +104,15 @@ class ClipTokenizer(BaseTokenizer):
     """CLIP's lower-cased byte pairs: 49,408 ids, equal to those of open_clip's SimpleTokenizer for any text.
 
     The special words `<start_of_text>` and `<end_of_text>` become their ids inside a text too, as there.
-    `decode` gives the cleaned text with a space after every word. Vocabulary: OpenAI CLIP, BPE_NOTICE.txt.
+    `decode` gives the cleaned text with a space after every word. `pad_id` is 0 in CLIP; 49407, the end id, repeats
+    the end as SigLIP does. Vocabulary: OpenAI CLIP, BPE_NOTICE.txt.
     """
 
-    def __init__(self, context_length: int = 77, pad: Pad = "longest") -> None:
+    def __init__(self, context_length: int = 77, pad: Pad = "longest", pad_id: int = 0) -> None:
         start, end = (_clip_word(word)[0] for word in CLIP_SPECIAL)
-        super().__init__(end + 1, context_length, start_id=start, eos_id=end, pad_id=0, pad=pad)
+        if not 0 <= pad_id <= end:
+            raise InputError(f"pad_id={pad_id}; expected an id from 0 to {end}")
+        super().__init__(end + 1, context_length, start_id=start, eos_id=end, pad_id=pad_id, pad=pad)
 
     def _encode(self, text: str, limit: int) -> list[int]:
         words = CLIP_WORD.findall(_clean(text))[:limit]  # a word gives at least one id

@@ -25,7 +25,8 @@ class TextState(NamedTuple):
 class TextEncoder(nn.Module):
     """Transformer over token ids: (B,L) -> pooled (B,width), tokens (B,L,width).
 
-    `pooling`: `eos` takes the first end-of-text position (CLIP); `last` the last position, padding included (SigLIP);
+    `pooling`: `eos` takes the first end-of-text position (CLIP); `last` the last position, where padding is read as text and
+    so is always there in full (SigLIP);
     `mean` the average over real tokens; `class_token` a learned token appended after the text that sees all real
     tokens and is seen by none (CoCa section 3.2). With `class_token` the returned tokens are those before the final
     norm, as CoCa's decoder reads them; otherwise after it.
@@ -85,7 +86,7 @@ class TextEncoder(nn.Module):
         if self.class_token is not None:
             last = self.class_token + self.position_embedding[-1]
             x = torch.cat([x, last.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-        x = self._run(x, self._attention_mask(real, mask is not None))
+        x = self._run(x, self._attention_mask(real, mask is not None and self.pooling != "last"))
         if self.class_token is not None:
             return Encoded(self.norm(x[:, -1]), x[:, :-1], real)
         tokens = self.norm(x)

@@ -177,7 +177,7 @@ def _history(rows: Sequence[dict[str, float]]) -> History:
     for number, row in enumerate(rows):
         if not math.isfinite(row.get("step", math.nan)):
             raise InputError(
-                f"row {number} of the report's history has no number 'step', only {sorted(row)}; expected one "
+                f"row {number} of the report's history has no number 'step' but {sorted(row)}; expected one "
                 "in every row: log the step with the metrics"
             )
     curves = [curve for curve in (_curve(rows, *curve) for curve in _CURVES) if curve.summary]

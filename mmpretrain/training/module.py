@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
-from mmpretrain.types import Batch, Loss
+from mmpretrain.training.micro_batches import forward_in_micro_batches
+from mmpretrain.types import Batch, Loss, Outputs
 
 MAX_LOGIT_SCALE = 100.0
 
@@ -23,7 +24,8 @@ class TrainingModule(lightning.LightningModule):
     `losses`: name -> loss; `weights`: name -> weight (1 where absent; a loss of weight 0 is not computed).
     `optimizer`: parameter groups -> optimizer; `groups`: (model, weight_decay) -> parameter groups.
     `scheduler`: optimizer -> scheduler, stepped once for each optimizer step. After each step the logit scale is
-    clamped to [1, 100] (Radford et al. 2021, section 2.5), never inside the forward pass.
+    clamped to [1, 100] (Radford et al. 2021, section 2.5), never inside the forward pass. `micro_batch_size` bounds
+    the rows whose activations are held at once, without changing any gradient.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class TrainingModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         weights: Mapping[str, float] | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.model, self.losses, self.weights = model, dict(losses), dict(weights or {})
@@ -44,18 +47,24 @@ class TrainingModule(lightning.LightningModule):
             raise InputError(f"weights name {sorted(unknown)}; the losses are {sorted(self.losses)}")
         if scheduler is not None:  # its checks should speak now, not after the data is ready
             scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise InputError(f"trainer.micro_batch_size is {micro_batch_size}; give at least 1, or null for the whole batch")
+        self.micro_batch_size = micro_batch_size
         self.history: dict[str, Tensor] = {}
 
-    def forward(self, batch: Batch) -> Any:
-        """Run the model on one source's batch."""
-        return self.model(batch)
+    def forward(self, batch: Batch) -> Outputs:
+        """Run the model on one source's batch, in micro-batches where they are set."""
+        if self.micro_batch_size is None:
+            outputs: Outputs = self.model(batch)
+            return outputs
+        return forward_in_micro_batches(self.model, batch, self.micro_batch_size)
 
     def training_step(self, batches: dict[str, Batch], batch_index: int) -> Tensor:
         """Sum the weighted losses of every source."""
         total = torch.zeros((), device=self.device)
         self.history = {}
         for batch in batches.values():
-            outputs = self.model(batch)
+            outputs = self.forward(batch)
             for name, loss in self.losses.items():
                 weight = self.weights.get(name, 1.0)
                 if weight:

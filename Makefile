@@ -1,0 +1,27 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python
+
+.PHONY: help install check test learning bench docs
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install:  ## install the package with everything needed to work on it
+	$(PYTHON) -m pip install -e '.[dev]'
+
+check:  ## format, lint and type checks; changes nothing
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:  ## every test
+	$(PYTHON) -m pytest
+
+learning:  ## only the tests that train a small model and check that it learned
+	$(PYTHON) -m pytest -m learning
+
+bench:  ## every benchmark, one after the other
+	@find benchmarks -name '*.py' ! -name '_*' | sort | while read -r file; do $(PYTHON) "$$file" || exit 1; done
+
+docs:  ## build the documentation into site/
+	$(PYTHON) -m mkdocs build --strict

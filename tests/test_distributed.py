@@ -1,0 +1,86 @@
+"""Collectives on real gloo ranks, and the identity on one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmpretrain import distributed
+from tests.ranks import run_ranks
+
+
+def on_ranks() -> dict[str, object]:
+    rank = distributed.rank()
+    x = torch.arange(4.0).view(2, 2).add(10 * rank).requires_grad_()
+    gathered = distributed.gather(x)
+    # Each rank weighs every row by its own factor, so a row's gradient is the sum of the factors.
+    (gathered * (rank + 1)).sum().backward()
+    block, seen = torch.tensor([float(rank)]), []
+    for _ in range(distributed.world_size()):
+        seen.append(block.item())
+        (block,) = distributed.rotate(block)
+    return {
+        "gathered": gathered.detach(),
+        "gradient": x.grad,
+        "uneven": distributed.gather_uneven(torch.full((rank + 1, 2), float(rank))),
+        "sum": distributed.sum_over_ranks(torch.tensor(rank + 1)),
+        "seen": seen,
+        "home": block.item(),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_collectives(world_size):
+    for rank, result in enumerate(run_ranks(on_ranks, world_size)):
+        want = torch.cat([torch.arange(4.0).view(2, 2) + 10 * r for r in range(world_size)])
+        torch.testing.assert_close(result["gathered"], want)
+        torch.testing.assert_close(result["gradient"], torch.full((2, 2), float(sum(range(1, world_size + 1)))))
+        assert result["uneven"][:, 0].tolist() == [float(r) for r in range(world_size) for _ in range(r + 1)]
+        assert result["sum"].item() == sum(range(1, world_size + 1))
+        assert result["seen"] == [float((rank - hop) % world_size) for hop in range(world_size)]
+        assert result["home"] == rank
+
+
+def test_one_process_is_the_identity():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert distributed.gather(x) is x
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    torch.testing.assert_close(distributed.gather_uneven(x), x.detach())
+    torch.testing.assert_close(distributed.sum_over_ranks(x), x.detach())
+    assert distributed.rotate(x)[0] is x
+    distributed.barrier()
+
+
+def test_run_id_is_slurms_job_under_slurm(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert distributed.run_id() == "slurm_77"
+
+
+def test_run_id_is_one_for_all_ranks_of_torchrun(tmp_path):
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os, time, mmpretrain.distributed as d\n"
+        "time.sleep(1.2 * int(os.environ['RANK']))\n"
+        f"open(rf'{tmp_path}/' + os.environ['RANK'], 'w').write(d.run_id())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    first, second = ((tmp_path / rank).read_text() for rank in "01")
+    assert first == second and len(first) == 19
+
+
+def test_only_this_file_talks_to_other_processes():
+    from pathlib import Path
+
+    package = Path(distributed.__file__).parent
+    offenders = [
+        path.name
+        for path in package.rglob("*.py")
+        if path.name != "distributed.py" and ("torch.distributed" in path.read_text() and "fsdp" not in path.read_text())
+    ]
+    assert offenders == []
