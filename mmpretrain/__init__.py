@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmpretrain.encoders import CascadedAttentionPool, ImageEncoder, ParallelAttentionPool, SharedAttentionPool, TextEncoder
+    from mmpretrain.encoders import (
+        CascadedAttentionPool,
+        ImageEncoder,
+        ParallelAttentionPool,
+        SharedAttentionPool,
+        TextEncoder,
+    )
     from mmpretrain.errors import InputError
     from mmpretrain.fusion import CrossAttentionFusion
     from mmpretrain.heads import CaptionHead

@@ -49,7 +49,7 @@ def explain(error: BaseException, config_name: str, arguments: Sequence[str]) ->
         options = re.findall(r"\S+", text.split(f"Available options in '{group}':")[-1].split(" Config search path")[0])
         return f"no {group or 'config'} {choice!r}{_nearest(choice, options)}; there are: {', '.join(dict.fromkeys(options))}"
     if any(isinstance(link, MissingMandatoryValue) for link in chain):
-        key = next((str(link.full_key) for link in chain if getattr(link, "full_key", None)), text)
+        key = next((k for k in (str(getattr(link, "full_key", "") or "") for link in chain) if k), text)
         return f"{key} is not set; give it on the command line: {key}=..."
     return " ".join(str(chain[0]).split())
 

@@ -17,7 +17,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mmpretrain.errors import InputError
 
-ALLOWED_TARGETS = ("mmpretrain.", "torch.nn.", "torch.optim.", "lightning.", "timm.", "torchmetrics.", "torchvision.")
+ALLOWED_TARGETS = (
+    "mmpretrain.",
+    "torch.nn.",
+    "torch.optim.",
+    "lightning.",
+    "timm.",
+    "torchmetrics.",
+    "torchvision.",
+)
 """Prefixes a `_target_` may have; `allow` arguments (`allow_targets` on the command line) add to them."""
 
 

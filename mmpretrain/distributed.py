@@ -47,7 +47,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # reduce_scatter would move 1/W of this; gloo lacks it, and the features are small beside the weights.
         gradient = gradient.contiguous()
@@ -62,7 +62,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if not is_distributed():
         return x
-    gathered: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(x)
     return gathered
 
 
@@ -113,7 +113,7 @@ def run_id() -> str:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return now
     # torchrun's agent already serves this store; the process group only comes up later, inside the trainer.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.distributed_c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"mmpretrain/run_id/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if os.environ["RANK"] == "0":
         store.set(key, now)

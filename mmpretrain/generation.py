@@ -28,7 +28,7 @@ class Decoder:
     """
 
     def __init__(self, model: MultimodalModel, values: Padded | Tensor, head: str = "caption") -> None:
-        found = model.heads[head] if head in model.heads else None
+        found = model.heads.get(head, None)
         if not isinstance(found, CaptionHead) or not isinstance(model.fusion, CrossAttentionFusion):
             raise InputError(f"this model writes no captions (its heads: {list(model.heads)}); load a CoCa model")
         encoder = model.encoders[found.modality]
@@ -101,7 +101,7 @@ def beam_ids(
     for length in range(1, max_length):
         logits = decoder.step(ids[:, :, -1:].flatten(0, 1))
         vocab = logits.shape[-1]
-        totals = (scores[:, :, None] + logits.log_softmax(-1).unflatten(0, scores.shape)).flatten(1)
+        totals = (scores[:, :, None] + logits.log_softmax(-1).view(*scores.shape, vocab)).flatten(1)
         # Twice as many candidates: at most one per beam ends, so num_beams that go on are always among them.
         best, index = totals.topk(min(2 * num_beams, totals.shape[1]), dim=1)
         beam, token = index // vocab, index % vocab
@@ -116,7 +116,10 @@ def beam_ids(
         first = torch.arange(batch, device=device)[:, None] * ids.shape[1]
         decoder.select((first + beam).flatten())
         ids = torch.cat([ids.gather(1, beam[:, :, None].expand(-1, -1, ids.shape[2])), token[:, :, None]], dim=2)
-        if all(_settled(row, best_running, length, max_length, length_penalty) for row, best_running in zip(finished, scores)):
+        if all(
+            _settled(row, best_running, length, max_length, length_penalty)
+            for row, best_running in zip(finished, scores)
+        ):
             break
     for row in range(batch):
         finished[row] += [(float(s) / (ids.shape[2] - 1) ** length_penalty, t) for s, t in zip(scores[row], ids[row])]

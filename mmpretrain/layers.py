@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if width % num_heads:
             raise InputError(f"width {width} is not a multiple of num_heads {num_heads}; change one of them")
         self.num_heads = num_heads
-        self.fused_attn = True  # timm's name for the same switch; see `TrainingModule.on_fit_start`
+        self.fused_attn = True  # timm's name for the same switch; see `mmpretrain.training.cpu`
         context_width = width if context_width is None else context_width
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(context_width, width)
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def forward(
         self,
@@ -98,7 +98,8 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causa
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1) @ v
+    out: Tensor = logits.softmax(-1) @ v
+    return out
 
 
 class Mlp(nn.Module):
@@ -121,7 +122,12 @@ class Block(nn.Module):
     """Pre-norm self-attention block."""
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float = 4.0, activation: str = "gelu", norm_eps: float = 1e-5
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
@@ -167,7 +173,12 @@ class AttentionPool(nn.Module):
     """Learned queries that attend over all tokens once: (B,M,context_width) -> (B,num_queries,width) (CoCa section 3.2)."""
 
     def __init__(
-        self, width: int, num_heads: int, num_queries: int, context_width: int | None = None, norm_eps: float = 1e-5
+        self,
+        width: int,
+        num_heads: int,
+        num_queries: int,
+        context_width: int | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         context_width = width if context_width is None else context_width

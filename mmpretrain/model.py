@@ -57,7 +57,7 @@ class MultimodalModel(nn.Module):
         if unknown:
             raise InputError(f"freeze or projections name {sorted(unknown)}; the encoders are {sorted(self.encoders)}")
         for name, head in self.heads.items():
-            modality = getattr(head, "modality", None)
+            modality = str(getattr(head, "modality", ""))
             if getattr(head, "needs_causal", False) and not getattr(self.encoders[modality], "causal", True):
                 raise InputError(
                     f"head {name!r} predicts the next token of {modality!r}, whose encoder is bidirectional and so sees "
@@ -99,7 +99,9 @@ class MultimodalModel(nn.Module):
         embeddings = {m: self._project(m, e) for m, e in encoded.items()}
         fused = {} if self.fusion is None else self.fusion(encoded)
         predictions: dict[str, Prediction] = {n: h(fused, batch) for n, h in self.heads.items() if h.modality in fused}
-        identities = {m: identity(p) for m, p in batch.items() if not p.values.is_floating_point() and p.values.ndim == 2}
+        identities = {
+            m: identity(p) for m, p in batch.items() if not p.values.is_floating_point() and p.values.ndim == 2
+        }
         return Outputs(embeddings, self.logit_scale.exp(), self.logit_bias, predictions, identities)
 
     def _project(self, modality: str, encoded: Encoded) -> Tensor:

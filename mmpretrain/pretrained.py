@@ -42,7 +42,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow: Sequence[s
     from mmpretrain.config import instantiate
 
     folder = _model_folder(Path(path))
-    config = OmegaConf.load(folder / CONFIG)
+    config: Any = OmegaConf.load(folder / CONFIG)
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise InputError(f"{folder / CONFIG} lacks {', '.join(missing)}; it was not written by mmpretrain.save")

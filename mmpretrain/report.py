@@ -19,11 +19,24 @@ from mmpretrain.evaluation.report import Gallery, Report, write_report
 from mmpretrain.evaluation.retrieval import Retrieval, captions_of
 from mmpretrain.pretrained import Pretrained
 
-PACKAGES = ("mmpretrain-contrastive", "torch", "timm", "lightning", "hydra-core", "webdataset", "torchmetrics", "pillow")
+PACKAGES = (
+    "mmpretrain-contrastive",
+    "torch",
+    "timm",
+    "lightning",
+    "hydra-core",
+    "webdataset",
+    "torchmetrics",
+    "pillow",
+)
 
 
 def report_run(
-    folder: Path, config: DictConfig, pretrained: Pretrained, metrics: Mapping[str, float], evaluators: Mapping[str, Any]
+    folder: Path,
+    config: DictConfig,
+    pretrained: Pretrained,
+    metrics: Mapping[str, float],
+    evaluators: Mapping[str, Any],
 ) -> Path:
     """Write `folder/report.html` from the run's metrics, its curves and the pictures its retrieval was scored on."""
     path = folder / "report.html"
@@ -73,7 +86,7 @@ def gallery(pretrained: Pretrained, evaluators: Mapping[str, Any], limit: int = 
     if retrieval is None:
         return None
     model = pretrained.model.eval()
-    data = retrieval.data(transform=pretrained.preprocess)
+    data: Any = retrieval.data(transform=pretrained.preprocess)
     if len(data) > limit:
         data = torch.utils.data.Subset(data, range(limit))
     images = embed_images(model, data, retrieval.batch_size, 0)

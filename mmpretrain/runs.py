@@ -44,7 +44,9 @@ def open_run(config: DictConfig) -> Run:
         return _resumed(config)
     folder = _folder(config)
     taken = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
-    if taken and rank_zero_only.rank == 0:  # further ranks start later, when the first has made the folder
+    if (
+        taken and getattr(rank_zero_only, "rank", 0) == 0
+    ):  # further ranks start later, when the first has made the folder
         raise InputError(
             f"run_dir {folder} already holds a run; give another run_dir, or resume=auto to go on with that one"
         )
@@ -69,7 +71,9 @@ def _resumed(config: DictConfig) -> Run:
         folder = given
     found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(f"resume={config.resume}: {folder} holds no checkpoint; give a run folder or a checkpoint file")
+        raise InputError(
+            f"resume={config.resume}: {folder} holds no checkpoint; give a run folder or a checkpoint file"
+        )
     return Run(folder.resolve(), str(found[-1].resolve()))
 
 

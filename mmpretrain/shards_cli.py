@@ -73,9 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefix", default="", help="what shard names begin with (default: nothing)")
     add("--overwrite", action="store_true", help="remove the shards that an earlier run made in OUT")
     show = commands.add_parser("list", help="print shards, samples, fields, sizes and a few captions")
-    show.add_argument(
-        "path", metavar="PATH", help="a shard, a pattern such as 'data/{000..009}.tar', or a folder"
-    )
+    show.add_argument("path", metavar="PATH", help="a shard, a pattern such as 'data/{000..009}.tar', or a folder")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -108,9 +106,7 @@ def _items(args: argparse.Namespace) -> tuple[list[Item], dict[str, Any], list[s
     table_options = [args.image_column, args.caption_column, args.key_column]
     if source.is_dir():
         if any(option is not None for option in table_options):
-            raise InputError(
-                f"{source} is a folder; --image-column, --caption-column and --key-column need a table"
-            )
+            raise InputError(f"{source} is a folder; --image-column, --caption-column and --key-column need a table")
         if args.classes:
             items, classes = list_classes(source)
             return items, {"classes": True}, classes
@@ -193,9 +189,7 @@ def _captions(key: str, sample: dict[str, bytes]) -> list[dict[str, str]]:
     for field in ("txt", "json"):
         if field in sample:
             text = " ".join(sample[field][:1000].decode("utf-8", "replace").split())
-            text = "".join(
-                c if c.isprintable() else "\ufffd" for c in text
-            )  # no escape codes to the terminal
+            text = "".join(c if c.isprintable() else "\ufffd" for c in text)  # no escape codes to the terminal
             lines.append({"key": key, "text": text if len(text) <= 100 else text[:99] + "…"})
     return lines[:1]
 

@@ -50,7 +50,10 @@ def train(config: DictConfig) -> dict[str, float]:
     data.prepare_data()
     data.setup()
     evaluation = Evaluation(
-        build(config.evaluators), build(config.data.preprocess), tokenizer, config.callbacks.evaluate_every_n_steps
+        build(config.evaluators),
+        build(config.data.preprocess),
+        tokenizer,
+        config.callbacks.evaluate_every_n_steps,
     )
     stop = StopOnInterrupt()
     own = [Metrics(config.callbacks.log_every_n_steps), ProgressLine(), evaluation, stop]

@@ -34,7 +34,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for index in range(number, len(cases), 4):
                 colour, place, shade = cases[index]
                 picture = Image.new("RGB", (20, 20), (shade * 60,) * 3)
-                box = {"left": (0, 0, 9, 19), "right": (10, 0, 19, 19), "top": (0, 0, 19, 9), "bottom": (0, 10, 19, 19)}
+                box = {
+                    "left": (0, 0, 9, 19),
+                    "right": (10, 0, 19, 19),
+                    "top": (0, 0, 19, 9),
+                    "bottom": (0, 10, 19, 19),
+                }
                 ImageDraw.Draw(picture).rectangle(box[place], fill=COLOURS[colour])
                 data = io.BytesIO()
                 picture.save(data, "PNG")

@@ -15,7 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # The fork server imports the heavy packages once, so that each rank starts in milliseconds.
-multiprocessing.set_forkserver_preload(["torch", "timm", "mmpretrain.encoders", "mmpretrain.model", "mmpretrain.losses"])
+multiprocessing.set_forkserver_preload(
+    ["torch", "timm", "mmpretrain.encoders", "mmpretrain.model", "mmpretrain.losses"]
+)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -50,9 +50,13 @@ def on_meta(part) -> MultimodalModel:
 
 
 def test_the_lists_are_those_promised():
-    promised = "clip_tiny clip_vit_b32 clip_vit_b16 clip_vit_l14 clip_convnext_base siglip_vit_b16 coca_vit_b32 coca_vit_l14"
+    promised = (
+        "clip_tiny clip_vit_b32 clip_vit_b16 clip_vit_l14 clip_convnext_base siglip_vit_b16 coca_vit_b32 coca_vit_l14"
+    )
     assert set(promised.split()) <= set(MODELS)
-    assert set(EXPERIMENTS) == {f"{data}_{m}" for data in ("openmoji", "image_text") for m in ("clip", "siglip", "coca")}
+    assert set(EXPERIMENTS) == {
+        f"{data}_{m}" for data in ("openmoji", "image_text") for m in ("clip", "siglip", "coca")
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)

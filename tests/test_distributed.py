@@ -68,7 +68,14 @@ def test_run_id_is_one_for_all_ranks_of_torchrun(tmp_path):
         "time.sleep(1.2 * int(os.environ['RANK']))\n"
         f"open(rf'{tmp_path}/' + os.environ['RANK'], 'w').write(d.run_id())\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     first, second = ((tmp_path / rank).read_text() for rank in "01")
     assert first == second and len(first) == 19
@@ -81,6 +88,7 @@ def test_only_this_file_talks_to_other_processes():
     offenders = [
         path.name
         for path in package.rglob("*.py")
-        if path.name != "distributed.py" and ("torch.distributed" in path.read_text() and "fsdp" not in path.read_text())
+        if path.name != "distributed.py"
+        and ("torch.distributed" in path.read_text() and "fsdp" not in path.read_text())
     ]
     assert offenders == []

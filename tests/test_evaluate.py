@@ -43,10 +43,23 @@ def test_an_image_folder_and_shards_of_classes(trained, shards, tmp_path):
         "shards_classification": [f"+data.val={shards}", f"+data.class_names=[{','.join(COLOURS)}]"],
     }.items():
         out = tmp_path / f"{name}.json"
-        assert main(["evaluate", f"checkpoint={trained / 'model'}", f"evaluators={name}", *arguments, f"output={out}"]) == 0
+        assert (
+            main(
+                [
+                    "evaluate",
+                    f"checkpoint={trained / 'model'}",
+                    f"evaluators={name}",
+                    *arguments,
+                    f"output={out}",
+                ]
+            )
+            == 0
+        )
         found = json.loads(out.read_text())
         assert found["classification/top1/chance"] == pytest.approx(0.25)
-        assert found["classification/top1/ci_low"] <= found["classification/top1"] <= found["classification/top1/ci_high"]
+        assert (
+            found["classification/top1/ci_low"] <= found["classification/top1"] <= found["classification/top1/ci_high"]
+        )
 
 
 def test_wrong_input(trained, tmp_path, capsys):

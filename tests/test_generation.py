@@ -107,7 +107,10 @@ def test_more_beams_never_find_a_worse_text_here():
         total = []
         for row, image in zip(ids, images, strict=True):
             text = row[: (row == EOS).int().argmax() + 1] if (row == EOS).any() else row
-            logs = [uncached_logits(model, image[None], text[None, : i]).log_softmax(-1)[0, text[i]] for i in range(1, len(text))]
+            logs = [
+                uncached_logits(model, image[None], text[None, :i]).log_softmax(-1)[0, text[i]]
+                for i in range(1, len(text))
+            ]
             total.append(sum(logs).item() / len(logs))
         return total
 

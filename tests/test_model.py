@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmpretrain import IGNORE_INDEX, CaptionHead, CrossAttentionFusion, InputError, MultimodalModel, Padded, TextEncoder
+from mmpretrain import (
+    IGNORE_INDEX,
+    CaptionHead,
+    CrossAttentionFusion,
+    InputError,
+    MultimodalModel,
+    Padded,
+    TextEncoder,
+)
 from mmpretrain.model import identity
 from tests import models
 
@@ -53,7 +61,7 @@ def test_ecosystem_names_take_plain_tensors():
 def test_caption_labels_are_the_next_tokens_and_skip_padding():
     model, batch = models.coca(), models.batch(3, lengths=[4, 7, 12])
     prediction = model(batch).predictions["caption"]
-    ids, mask = batch["text"]
+    ids, _mask = batch["text"]
     assert prediction.hidden.shape == (3, 11, 32) and prediction.weight.shape == (models.VOCAB, 32)
     for row, length in enumerate([4, 7, 12]):
         assert prediction.labels[row, : length - 1].tolist() == ids[row, 1:length].tolist()
@@ -124,7 +132,10 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 49407), min_size=1, max_size=6), min_size=2, max_size=6), st.integers(0, 4))
+@given(
+    st.lists(st.lists(st.integers(0, 49407), min_size=1, max_size=6), min_size=2, max_size=6),
+    st.integers(0, 4),
+)
 def test_identity_tells_rows_apart_whatever_their_padding(rows, extra):
     longest = max(map(len, rows)) + extra
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

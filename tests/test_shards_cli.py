@@ -45,8 +45,7 @@ def test_write_then_list(pictures: Path, capsys: Capture) -> None:
     assert about["samples"] == 6
     samples = [sample for shard in shards for sample in iter_shard(shard)]
     assert about["fields"] == {
-        field: {"samples": 6, "bytes": sum(len(sample[field]) for sample in samples)}
-        for field in ("jpg", "txt")
+        field: {"samples": 6, "bytes": sum(len(sample[field]) for sample in samples)} for field in ("jpg", "txt")
     }
     assert about["captions"][0] == {"key": "a_x/0", "text": "picture 0\ufffd[31m"}
 
@@ -63,9 +62,7 @@ def test_classes_and_prefix(pictures: Path, capsys: Capture) -> None:
     assert "data.train='out/train-00000.tar'" in capsys.readouterr().out
     assert json.loads(Path("out/classes.json").read_text()) == ["a x", "b x"]
     samples = list(iter_shard("out/train-00000.tar"))
-    assert [(sample["txt"], sample["cls"]) for sample in samples] == [(b"a x", b"0")] * 4 + [
-        (b"b x", b"1")
-    ] * 3
+    assert [(sample["txt"], sample["cls"]) for sample in samples] == [(b"a x", b"0")] * 4 + [(b"b x", b"1")] * 3
     assert main(["write", "pictures", "out", "--prefix", "train-", "--workers", "1"]) == 2
     assert "begun with classes=True, now it is False" in capsys.readouterr().err
     assert main(["write", "pictures", "out", "--prefix", "new-", "--workers", "1", "--overwrite"]) == 0
@@ -119,9 +116,7 @@ def test_the_printed_command_reaches_hydra_whole(pictures: Path, capsys: Capture
 
     assert main(["write", "pictures", folder, "--samples-per-shard", "4", "--workers", "1"]) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("train on them: ")
-    shown = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     override = OverridesParser.create().parse_override(shown.stdout.splitlines()[-1])
     assert override.get_key_element() == "data.train"
     assert expand(str(override.value())) == [f"{folder}/0000{i}.tar" for i in range(2)]

@@ -101,14 +101,19 @@ def test_workers_change_nothing(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["losses=siglip", "+model.logit_bias=-10.0", "+model.logit_scale=10.0"]], ids=["clip", "siglip"]
+    "extra",
+    [[], ["losses=siglip", "+model.logit_bias=-10.0", "+model.logit_scale=10.0"]],
+    ids=["clip", "siglip"],
 )
 def test_two_ranks_equal_one(tiny, tmp_path, extra):
     common = [*tiny, *extra]
     assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
     command = [sys.executable, "-m", "mmpretrain", "train", *common, "trainer=ddp_cpu", "trainer.max_steps=6"]
     done = subprocess.run(
-        [*command, f"run_dir={tmp_path / 'two'}"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, f"run_dir={tmp_path / 'two'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -121,7 +126,16 @@ def test_two_ranks_equal_one(tiny, tmp_path, extra):
 
 
 def test_the_logit_scale_is_clamped_after_the_step(tiny, tmp_path):
-    assert run(*tiny, "+model.logit_scale=200.0", "evaluators=none", "trainer.max_steps=1", f"run_dir={tmp_path / 'r'}") == 0
+    assert (
+        run(
+            *tiny,
+            "+model.logit_scale=200.0",
+            "evaluators=none",
+            "trainer.max_steps=1",
+            f"run_dir={tmp_path / 'r'}",
+        )
+        == 0
+    )
     assert weights(tmp_path / "r")["logit_scale"].exp().item() == pytest.approx(100.0, rel=1e-6)
 
 
@@ -129,7 +143,11 @@ def test_best_checkpoint_and_evaluation_during_training(tiny, tmp_path):
     best = "callbacks.best.monitor=val/retrieval/text_to_image/recall@1"
     assert run(*tiny, "callbacks.evaluate_every_n_steps=2", best, f"run_dir={tmp_path / 'r'}") == 0
     assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} >= {"best.ckpt"}
-    assert [s for s, r in rows(tmp_path / "r").items() if "val/retrieval/text_to_image/recall@1" in r] == [2, 4, 6]
+    assert [s for s, r in rows(tmp_path / "r").items() if "val/retrieval/text_to_image/recall@1" in r] == [
+        2,
+        4,
+        6,
+    ]
 
 
 def test_multirun_makes_a_folder_each(tiny, tmp_path, monkeypatch):
@@ -142,7 +160,10 @@ def test_multirun_makes_a_folder_each(tiny, tmp_path, monkeypatch):
 def test_help_and_config_are_shown(tiny, capsys):
     assert main(["train", *tiny, "--cfg", "job"]) == 0
     assert "mmpretrain.ImageEncoder" in capsys.readouterr().out
-    for command, words in ((["train", "--help"], "openmoji_clip"), (["evaluate", "--help"], "checkpoint=PATH")):
+    for command, words in (
+        (["train", "--help"], "openmoji_clip"),
+        (["evaluate", "--help"], "checkpoint=PATH"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert stop.value.code in (0, None)
@@ -152,7 +173,10 @@ def test_help_and_config_are_shown(tiny, capsys):
 WRONG = {
     "misspelt key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
     "misspelt group": (["modl=clip_tiny"], ["modl", "model"]),
-    "unknown experiment": (["experiment=image_text_clop"], ["image_text_clop", "image_text_clip", "openmoji_clip"]),
+    "unknown experiment": (
+        ["experiment=image_text_clop"],
+        ["image_text_clop", "image_text_clip", "openmoji_clip"],
+    ),
     "no shards match": (["data.train=/nowhere/{00..03}.tar"], ["/nowhere/00.tar", "does not exist"]),
     "no caption field": (["data.captions.extension=caption"], ["caption", "png", "00000.tar"]),
     "fewer samples than a batch": (["data.global_batch_size=65"], ["64 samples", "65", "batch"]),
@@ -185,7 +209,12 @@ def test_missing_data_train_is_named(capsys):
 
 def test_a_taken_run_folder_and_a_checkpoint_of_another_model_are_refused(tiny, tmp_path, capsys):
     folder = tmp_path / "r"
-    common = ["evaluators=none", f"run_dir={folder}", "callbacks.checkpoint_every_n_steps=2", "trainer.max_steps=2"]
+    common = [
+        "evaluators=none",
+        f"run_dir={folder}",
+        "callbacks.checkpoint_every_n_steps=2",
+        "trainer.max_steps=2",
+    ]
     assert run(*tiny, *common) == 0
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert run(*tiny, *common) == 2

@@ -70,7 +70,12 @@ class StepSampler(Sampler[list[tuple[str, Position]]]):
     """
 
     def __init__(
-        self, orders: Mapping[str, Order], local_batch_sizes: Mapping[str, int], rank: int, start_step: int, max_steps: int
+        self,
+        orders: Mapping[str, Order],
+        local_batch_sizes: Mapping[str, int],
+        rank: int,
+        start_step: int,
+        max_steps: int,
     ) -> None:
         self.orders, self.local, self.rank = orders, local_batch_sizes, rank
         self.start_step, self.max_steps = start_step, max_steps
@@ -165,7 +170,9 @@ class DataModule(lightning.LightningDataModule):
         for name, source in self.sources.items():
             sizes = [len(shard) for shard in self.shards[name]]
             if not any(sizes):
-                raise InputError(f"the {len(sizes)} shards of {source.shards!r} hold no sample; give shards with samples")
+                raise InputError(
+                    f"the {len(sizes)} shards of {source.shards!r} hold no sample; give shards with samples"
+                )
             self.orders[name] = Order(sizes, self.global_batch_size, self.seed, window=source.window)
             self.collate([examples[name, Position(0, 0)]])
 

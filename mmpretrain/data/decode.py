@@ -43,17 +43,14 @@ def _find(sample: Sample, extensions: Sequence[str], option: str) -> tuple[str, 
             return extension, sample[extension]
     present = ", ".join(sorted(name for name in sample if not name.startswith("__"))) or "nothing"
     raise InputError(
-        f"{_name(sample)} has no field {' or '.join(extensions)}, only {present}; "
-        f"set {option} to a field it has"
+        f"{_name(sample)} has no field {' or '.join(extensions)}, only {present}; set {option} to a field it has"
     )
 
 
 def _check_names(names: Sequence[str], option: str) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names or not all(isinstance(name, str) and name and name[0] != "." for name in names):
-        raise InputError(
-            f"{option}={names!r}; expected field extensions without a leading dot, such as 'jpg'"
-        )
+        raise InputError(f"{option}={names!r}; expected field extensions without a leading dot, such as 'jpg'")
     return names
 
 
@@ -124,9 +121,7 @@ def _text(sample: Sample, extension: str) -> str:
     try:
         return str(data, "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DecodeError(
-            f"{_name(sample)}, field {extension}: not UTF-8 text ({error}); re-encode it"
-        ) from error
+        raise DecodeError(f"{_name(sample)}, field {extension}: not UTF-8 text ({error}); re-encode it") from error
 
 
 def _json_value(sample: Sample, extension: str, key: str) -> Any:
@@ -140,9 +135,7 @@ def _json_value(sample: Sample, extension: str, key: str) -> Any:
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             found = f"keys {', '.join(value) or 'none'}" if isinstance(value, dict) else type(value).__name__
-            raise InputError(
-                f"{name}: no {part!r} on the path {key!r}, found {found}; set key to a path it has"
-            )
+            raise InputError(f"{name}: no {part!r} on the path {key!r}, found {found}; set key to a path it has")
         value = value[part]
     return value
 
@@ -170,14 +163,10 @@ class JsonCaption:
     nothing is left.
     """
 
-    def __init__(
-        self, extension: str = "json", key: str = "caption", choose: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, extension: str = "json", key: str = "caption", choose: Sequence[str] | None = None) -> None:
         (self.extension,) = _check_names(extension, "extension")
         if choose is not None and (isinstance(choose, str) or not choose):
-            raise InputError(
-                f"choose={choose!r}; expected a list of sub keys such as ['en'], or None for all"
-            )
+            raise InputError(f"choose={choose!r}; expected a list of sub keys such as ['en'], or None for all")
         self.key = key
         self.choose = None if choose is None else tuple(choose)
 
@@ -259,9 +248,7 @@ def _read_npy(data: bytes) -> np.ndarray[Any, Any]:
         raise ValueError(f"version {version} of the format holds no plain numbers")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(stream)
     size, held = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if dtype.hasobject or size != held:  # checked before NumPy takes memory for what the header claims

@@ -62,9 +62,7 @@ def group(members: Iterator[Member], shard: str) -> Iterator[Group]:
                 yield current
             current = Group(key, {})
         if field in current.fields or field in ("__key__", "__url__"):
-            raise DamageError(
-                shard, member.offset - BLOCK, f"second member {member.name!r} of one sample; rename it"
-            )
+            raise DamageError(shard, member.offset - BLOCK, f"second member {member.name!r} of one sample; rename it")
         current.fields[field] = (member.offset, member.size)
     if current is not None:
         yield current
@@ -86,9 +84,7 @@ def build(data: Buffer, shard: str, stamp: tuple[int, int]) -> Index:
 def save(index: Index, path: Path) -> None:
     """Write an index next to its final place and move it there, so that no reader meets half of one."""
     arrays: dict[str, Any] = {name: getattr(index, name) for name in _NUMBERS}
-    arrays |= {
-        name: np.frombuffer(_join(getattr(index, name)), dtype=np.uint8) for name in ("keys", "fields")
-    }
+    arrays |= {name: np.frombuffer(_join(getattr(index, name)), dtype=np.uint8) for name in ("keys", "fields")}
     arrays |= {"version": np.int64(_VERSION), "stamp": np.array(index.stamp, dtype=np.int64)}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

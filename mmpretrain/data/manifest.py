@@ -65,9 +65,7 @@ class Ledger:
     def add(self, done: Done) -> None:
         """Note a finished shard; its skips first, so that the manifest never claims more than is listed."""
         with (self.out / SKIPPED).open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"shard": done.name, **row}, ensure_ascii=False) + "\n" for row in done.skipped
-            )
+            file.writelines(json.dumps({"shard": done.name, **row}, ensure_ascii=False) + "\n" for row in done.skipped)
         self.shards[done.name] = (done.bytes, done.samples)
         self.save()
 
@@ -86,9 +84,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
             return dict(content)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(
-        f"{path} is no manifest of `mmpretrain shards write`; write to another folder or remove it"
-    )
+    raise InputError(f"{path} is no manifest of `mmpretrain shards write`; write to another folder or remove it")
 
 
 def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -98,9 +94,7 @@ def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         if was != now:
             raise InputError(f"{out} was begun with {name}={was!r}, now it is {now!r}; {how}")
     if old["source"] != new["source"]:
-        raise InputError(
-            f"the source of {out} has changed since it was begun; give another folder, or --overwrite"
-        )
+        raise InputError(f"the source of {out} has changed since it was begun; give another folder, or --overwrite")
 
 
 def fingerprint(items: Sequence[Item]) -> str:

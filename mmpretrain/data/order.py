@@ -93,9 +93,7 @@ class Order:
             window_end = int(epoch.window_ends[window])
             offset = len(samples) - window_end  # from a place in the epoch's stream to a place in this window
             end = min(stop, window_end)
-            positions += [
-                Position(number, index) for index in samples[start + offset : end + offset].tolist()
-            ]
+            positions += [Position(number, index) for index in samples[start + offset : end + offset].tolist()]
             start, window = end, window + 1
         return positions
 
@@ -103,9 +101,7 @@ class Order:
         if self._epoch is None or self._epoch.number != number:
             count = len(self._sizes)
             shards = self._permutation(count, number, 0) if self._shuffle else np.arange(count)
-            last_of_window = (
-                np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
-            )
+            last_of_window = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
             self._epoch = _Epoch(number, shards, np.cumsum(self._sizes[shards])[last_of_window])
         return self._epoch
 
@@ -115,9 +111,7 @@ class Order:
         if cached is not None and cached[:2] == (epoch.number, window):
             return cached[2]
         shards = epoch.shards[window * self._window : (window + 1) * self._window]
-        samples = np.concatenate(
-            [np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in shards]
-        )
+        samples = np.concatenate([np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in shards])
         if self._shuffle:
             samples = samples[self._permutation(len(samples), epoch.number, window + 1)]
         self._samples = (epoch.number, window, samples)

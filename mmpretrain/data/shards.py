@@ -40,17 +40,13 @@ def _expand_one(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
     if not pattern:
-        raise InputError(
-            "an empty shard name; expected a path, a URL or a pattern like 'data/{000..009}.tar'"
-        )
+        raise InputError("an empty shard name; expected a path, a URL or a pattern like 'data/{000..009}.tar'")
     if Path(pattern).is_file():  # a name may itself hold braces or brackets
         return [pattern]
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise InputError(
-            f"shard pattern {pattern!r} has unbalanced braces; write e.g. {{000..009}}"
-        ) from error
+        raise InputError(f"shard pattern {pattern!r} has unbalanced braces; write e.g. {{000..009}}") from error
     return [shard for name in names for shard in _expand_name(name, pattern)]
 
 
@@ -58,37 +54,27 @@ def _expand_name(name: str, pattern: str) -> list[str]:
     scheme = _scheme(name)
     if scheme in REMOTE:
         if scheme == "s3" and "*" in name:
-            raise InputError(
-                f"shard pattern {name!r} is a remote glob; list remote shards with braces: {{000..009}}"
-            )
+            raise InputError(f"shard pattern {name!r} is a remote glob; list remote shards with braces: {{000..009}}")
         return [name]
     path = _local(name)
     if path.is_dir():
         found = sorted(str(item) for item in path.glob("*.tar"))
         if not found:
-            raise InputError(
-                f"folder {name!r} holds no *.tar; expected shards, which `mmpretrain shards write` makes"
-            )
+            raise InputError(f"folder {name!r} holds no *.tar; expected shards, which `mmpretrain shards write` makes")
         return found
     if path.is_file():
         return [name]
     found = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) else []  # noqa: PTH207 (takes absolute ones)
     if not found:
-        raise InputError(
-            f"shard {name!r} does not exist (from {pattern!r}); correct the path or the range in braces"
-        )
+        raise InputError(f"shard {name!r} does not exist (from {pattern!r}); correct the path or the range in braces")
     return found
 
 
 def _scheme(name: str) -> str:
     """Return the scheme of a shard's name ("" for a path); raises `InputError` for one that is not read."""
-    scheme = (
-        name.split(":", 1)[0].lower() if "://" in name or name.lower().startswith(("pipe:", "file:")) else ""
-    )
+    scheme = name.split(":", 1)[0].lower() if "://" in name or name.lower().startswith(("pipe:", "file:")) else ""
     if scheme not in ("", "file", *REMOTE):
-        raise InputError(
-            f"shard {name!r} has the scheme {scheme!r}; expected a path, file:, http(s):// or s3://"
-        )
+        raise InputError(f"shard {name!r} has the scheme {scheme!r}; expected a path, file:, http(s):// or s3://")
     return scheme
 
 
@@ -139,9 +125,7 @@ def _download(url: str, scheme: str, target: Path) -> None:
         # (`a::b`).
         remote = fsspec.filesystem(scheme)
     except ImportError as error:
-        raise InputError(
-            f"{url} needs a package: {error}; pip install 'mmpretrain-contrastive[s3]'"
-        ) from error
+        raise InputError(f"{url} needs a package: {error}; pip install 'mmpretrain-contrastive[s3]'") from error
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
@@ -168,9 +152,7 @@ class Shard:
     shard, `DamageError` (an `InputError`) naming shard and offset for one that is no sound tar.
     """
 
-    def __init__(
-        self, path_or_url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, path_or_url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> None:
         self.name = os.fspath(path_or_url)
         self.path = fetch(path_or_url, cache_dir)
         self._index = _index_of(self.path, self.name, cache_folder(cache_dir))

@@ -56,9 +56,7 @@ def list_classes(folder: Path) -> tuple[list[Item], list[str]]:
     pictures = _pictures(folder)
     loose = [picture for picture in pictures if picture.parent == folder]
     if loose:
-        raise InputError(
-            f"{loose[0]} lies in no class folder; expected {folder}/CLASS/picture, so move it into one"
-        )
+        raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/CLASS/picture, so move it into one")
     names = sorted({picture.relative_to(folder).parts[0] for picture in pictures})
     index = {name: i for i, name in enumerate(names)}
     items = []
@@ -131,9 +129,7 @@ def _key(value: Any, where: str) -> str:
     except UnicodeEncodeError:
         sound = False
     if not sound:
-        raise InputError(
-            f"{where} has the key {value!r}; expected printable text like 'a/b', not empty; rename it"
-        )
+        raise InputError(f"{where} has the key {value!r}; expected printable text like 'a/b', not empty; rename it")
     return key
 
 
@@ -141,9 +137,7 @@ def _unique(items: list[Item]) -> list[Item]:
     seen: dict[str, Item] = {}
     for item in items:
         if (other := seen.setdefault(item.key, item)) is not item:
-            raise InputError(
-                f"{other.image} and {item.image} both have the key {item.key!r}; rename one of them"
-            )
+            raise InputError(f"{other.image} and {item.image} both have the key {item.key!r}; rename one of them")
     return items
 
 
@@ -167,11 +161,7 @@ def _captions(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
     if len(columns) > 1:
         return {"json": json.dumps({"caption": texts}, ensure_ascii=False)}
     (only,) = texts.values()
-    return (
-        {"txt": only}
-        if isinstance(only, str)
-        else {"json": json.dumps({"caption": only}, ensure_ascii=False)}
-    )
+    return {"txt": only} if isinstance(only, str) else {"json": json.dumps({"caption": only}, ensure_ascii=False)}
 
 
 def _check_columns(table: Path, wanted: Iterable[str], present: Iterable[str]) -> None:
@@ -195,9 +185,7 @@ def _text_rows(table: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
             _check_columns(table, wanted, reader.fieldnames or ())
             yield from reader
         except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(
-                f"{table} cannot be read: {error}; expected UTF-8 text with one row per line"
-            ) from error
+            raise InputError(f"{table} cannot be read: {error}; expected UTF-8 text with one row per line") from error
 
 
 def _jsonl_rows(lines: Iterable[str], table: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -207,9 +195,7 @@ def _jsonl_rows(lines: Iterable[str], table: Path, wanted: Sequence[str]) -> Ite
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{table} line {number} is not JSON: {error}; expected one object per line"
-            ) from error
+            raise InputError(f"{table} line {number} is not JSON: {error}; expected one object per line") from error
         if not isinstance(row, dict):
             raise InputError(f"{table} line {number} is not a JSON object; expected one object per line")
         if number == 1:

@@ -117,9 +117,7 @@ def _check_end(data: Buffer, position: int, shard: str) -> None:
     """Refuse what readers would silently leave out: a second archive behind the first one's end."""
     while chunk := data[position : position + (1 << 20)]:
         if any(chunk):
-            raise DamageError(
-                shard, position, "bytes behind the end mark; join tar files with `tar --concatenate`"
-            )
+            raise DamageError(shard, position, "bytes behind the end mark; join tar files with `tar --concatenate`")
         position += len(chunk)
 
 

@@ -44,9 +44,7 @@ class BaseTokenizer(ABC):
         self, vocab_size: int, context_length: int, start_id: int | None, eos_id: int, pad_id: int, pad: Pad
     ) -> None:
         if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
-            raise InputError(
-                f"context_length={context_length!r}; expected an integer of at least 2 (start and end)"
-            )
+            raise InputError(f"context_length={context_length!r}; expected an integer of at least 2 (start and end)")
         if pad not in get_args(Pad):
             raise InputError(f"pad={pad!r}; expected one of {', '.join(get_args(Pad))}")
         self.vocab_size = vocab_size
@@ -63,9 +61,9 @@ class BaseTokenizer(ABC):
         length = self.context_length
         if self.pad == "longest":
             length = max(map(len, rows), default=0)
-        values = torch.tensor(
-            [row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64
-        ).view(len(rows), length)
+        values = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64).view(
+            len(rows), length
+        )
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         return Padded(values, torch.arange(length) < lengths[:, None])
 
@@ -193,15 +191,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
     ) -> None:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise InputError(
-                f"path={str(path)!r}: no file {file}; expected a tokenizer.json or a folder with one"
-            )
+            raise InputError(f"path={str(path)!r}: no file {file}; expected a tokenizer.json or a folder with one")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
-            raise InputError(
-                f"{file} is not a tokenizer.json ({error}); save it with Tokenizer.save"
-            ) from error
+            raise InputError(f"{file} is not a tokenizer.json ({error}); save it with Tokenizer.save") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -217,9 +211,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def _id(self, token: str, option: str) -> int:
         found: int | None = self._tokenizer.token_to_id(token)
         if found is None:
-            special = (
-                ", ".join(t.content for t in self._tokenizer.get_added_tokens_decoder().values()) or "none"
-            )
+            special = ", ".join(t.content for t in self._tokenizer.get_added_tokens_decoder().values()) or "none"
             raise InputError(f"{option}={token!r} is not in the vocabulary; its special tokens are {special}")
         return found
 

@@ -49,13 +49,9 @@ def write_shards(
     other options (unless `overwrite`), if the disk is full, or if no picture is readable.
     """
     if samples_per_shard < 1 or workers < 1:
-        raise InputError(
-            f"samples_per_shard={samples_per_shard}, workers={workers}; expected at least 1 each"
-        )
+        raise InputError(f"samples_per_shard={samples_per_shard}, workers={workers}; expected at least 1 each")
     if "/" in prefix or prefix.startswith("."):
-        raise InputError(
-            f"prefix {prefix!r} is no beginning of a file name; leave out slashes and leading dots"
-        )
+        raise InputError(f"prefix {prefix!r} is no beginning of a file name; leave out slashes and leading dots")
     parts = [items[i : i + samples_per_shard] for i in range(0, len(items), samples_per_shard)]
     names = [f"{prefix}{i:05}.tar" for i in range(len(parts))]
     made_by = {**options, "samples_per_shard": samples_per_shard, "prefix": prefix}
@@ -71,9 +67,7 @@ def write_shards(
             progress(done, False)
     samples = sum(count for _, count in ledger.shards.values())
     if samples == 0:
-        raise InputError(
-            f"none of the {len(items)} pictures could be written; {out / SKIPPED} says why for each"
-        )
+        raise InputError(f"none of the {len(items)} pictures could be written; {out / SKIPPED} says why for each")
     return Written(names, samples, len(items) - samples)
 
 
@@ -167,11 +161,7 @@ def _picture_field(data: bytes) -> str:
 
 
 def _where(image: Path | ParquetCell) -> str:
-    return (
-        str(image)
-        if isinstance(image, Path)
-        else f"{image.table} row group {image.row_group} row {image.row}"
-    )
+    return str(image) if isinstance(image, Path) else f"{image.table} row group {image.row_group} row {image.row}"
 
 
 @contextlib.contextmanager

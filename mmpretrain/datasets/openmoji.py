@@ -120,9 +120,7 @@ def _is_complete(root: Path, arguments: Mapping[str, object]) -> bool:
             )
         return True
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(
-            f"{root} exists and is no OpenMoji build (no card.json); choose another root or delete it"
-        )
+        raise InputError(f"{root} exists and is no OpenMoji build (no card.json); choose another root or delete it")
     return False
 
 
@@ -134,9 +132,7 @@ def _split(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
     # By hash: near relatives, which have neighbouring code points, are spread over the shards.
     ordered = sorted(pictures, key=lambda picture: stable_hash(picture.key))
     train = [picture for picture in ordered if not is_test(first[picture.pixels])]
-    return train, [
-        picture for picture in ordered if picture.key == first[picture.pixels] and is_test(picture.key)
-    ]
+    return train, [picture for picture in ordered if picture.key == first[picture.pixels] and is_test(picture.key)]
 
 
 def _write_shards(folder: Path, pictures: list[Picture], count: int) -> None:

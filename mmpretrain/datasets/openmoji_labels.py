@@ -15,9 +15,7 @@ _TONE_OF_CODE_POINT = {
 }
 
 _TONE = r"(?:medium-light|medium-dark|light|medium|dark) skin tone"
-_DETAIL = re.compile(
-    rf"{_TONE}|(?:red|curly|white|blond) hair|bald|beard|man|woman|person|girl|boy|adult|child"
-)
+_DETAIL = re.compile(rf"{_TONE}|(?:red|curly|white|blond) hair|bald|beard|man|woman|person|girl|boy|adult|child")
 # An emoji whose name lists who is in it, and one whose name ends with what sets a variant apart.
 _LISTED = re.compile(r"(kiss|couple with heart|family|keycap) (?!mark)(.+)")
 _VARIANT = re.compile(rf"(.+?) ((?:{_TONE}|(?:red|curly|white|blond) hair|bald|beard)(?: .+)?)")
@@ -76,9 +74,7 @@ def _subgroups() -> dict[str, tuple[str, str]]:
         for item in items:
             first, _, last = item.partition("..")
             if last:
-                table.update(
-                    (f"{i:04X}", (group, subgroup)) for i in range(int(first, 16), int(last, 16) + 1)
-                )
+                table.update((f"{i:04X}", (group, subgroup)) for i in range(int(first, 16), int(last, 16) + 1))
             else:
                 table[first] = (group, subgroup)
     return table

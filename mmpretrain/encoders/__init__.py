@@ -8,4 +8,10 @@ from mmpretrain.encoders.image import (
 )
 from mmpretrain.encoders.text import TextEncoder
 
-__all__ = ["CascadedAttentionPool", "ImageEncoder", "ParallelAttentionPool", "SharedAttentionPool", "TextEncoder"]
+__all__ = [
+    "CascadedAttentionPool",
+    "ImageEncoder",
+    "ParallelAttentionPool",
+    "SharedAttentionPool",
+    "TextEncoder",
+]

@@ -111,9 +111,7 @@ class Captioning:
         return {
             "images": float(count),
             **metric("exact_match", hits / count, wilson(hits, count), float(by_chance.mean())),
-            **metric(
-                "rouge_l", float(rouge.mean()), mean_interval(rouge.tolist()), float(rouge_by_chance.mean())
-            ),
+            **metric("rouge_l", float(rouge.mean()), mean_interval(rouge.tolist()), float(rouge_by_chance.mean())),
         }
 
     def _generate(self, pretrained: Pretrained, images: Tensor) -> list[str]:

@@ -75,9 +75,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """Bootstrap interval of a mean of scores: percentiles over 1000 resamples with a fixed seed."""
     scores = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(SEED)
-    return _percentiles(
-        [scores[generator.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)]
-    )
+    return _percentiles([scores[generator.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)])
 
 
 def _percentiles(means: Sequence[npt.NDArray[np.float64] | float]) -> Interval:
@@ -116,9 +114,7 @@ def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             json.dump(dict(metrics), file, indent=2, sort_keys=True, allow_nan=False)
             file.write("\n")

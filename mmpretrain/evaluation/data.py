@@ -74,12 +74,8 @@ class ShardClassification(Dataset[tuple[Tensor, int]]):
             return label
         expected = "a whole number; give `classes` to look names up"
         if self.classes is not None:
-            expected = (
-                f"one of the {len(self.classes)} classes {self.classes[:5]}… or its number; correct `classes`"
-            )
-        raise InputError(
-            f"sample {key!r} has label {label!r}; expected {expected}, or read another field as `label`"
-        )
+            expected = f"one of the {len(self.classes)} classes {self.classes[:5]}… or its number; correct `classes`"
+        raise InputError(f"sample {key!r} has label {label!r}; expected {expected}, or read another field as `label`")
 
 
 class ShardCaptions(Dataset[tuple[Tensor, list[str]]]):

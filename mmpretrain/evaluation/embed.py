@@ -34,9 +34,7 @@ class Embedded(NamedTuple):
     targets: list[Any]
 
 
-def embed_images(
-    model: MultimodalModel, data: Dataset[Any], batch_size: int = 256, num_workers: int = 0
-) -> Embedded:
+def embed_images(model: MultimodalModel, data: Dataset[Any], batch_size: int = 256, num_workers: int = 0) -> Embedded:
     """Embed every picture of `data`, whose items are `(image (3,H,W), target)`; JSON must hold the target.
 
     The model runs in evaluation mode without gradients, under the autocast context of the caller. Raises
@@ -52,9 +50,7 @@ def embed_images(
     return Embedded(check_finite(in_order(torch.cat(rows), count)), gather_json(targets, count, device))
 
 
-def embed_texts(
-    model: MultimodalModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256
-) -> Tensor:
+def embed_texts(model: MultimodalModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256) -> Tensor:
     """Embed texts, the same list on every rank, to (N,E) float32 of unit norm in their order."""
     check_batch_size(batch_size)
     if not texts:
@@ -171,11 +167,7 @@ def _collate(items: list[Any]) -> tuple[Tensor, list[Any]]:
     targets: list[Any] = []
     for item in items:
         if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], Tensor):
-            given = (
-                [type(part).__name__ for part in item]
-                if isinstance(item, tuple | list)
-                else type(item).__name__
-            )
+            given = [type(part).__name__ for part in item] if isinstance(item, tuple | list) else type(item).__name__
             raise InputError(
                 f"an item of the data set is {given}; expected (image tensor, target). "
                 "Pass `transform` on to the data set, and wrap a data set that gives other items"
@@ -184,7 +176,5 @@ def _collate(items: list[Any]) -> tuple[Tensor, list[Any]]:
         # Labels that come as numpy or torch scalars become plain numbers.
         targets.append(item[1].item() if hasattr(item[1], "item") else item[1])
     if len(shapes := {tuple(image.shape) for image in images}) > 1:
-        raise InputError(
-            f"pictures of different shapes {sorted(shapes)}; expected one, as `transform` makes them"
-        )
+        raise InputError(f"pictures of different shapes {sorted(shapes)}; expected one, as `transform` makes them")
     return torch.stack(images), targets

@@ -42,9 +42,7 @@ def curves(series: Mapping[str, Points], name: str, label: str, from_zero: bool 
         axes.plot(steps, values, style, color=colour, marker=marker, linewidth=1.6, label=line)
     axes.set_xlabel("step", color=_MUTED, fontsize=9)
     every = {step for steps, _ in series.values() for step in steps}
-    axes.xaxis.set_major_locator(
-        MaxNLocator(5, integer=True) if len(every) > 1 else FixedLocator(list(every))
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True) if len(every) > 1 else FixedLocator(list(every)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -75,9 +73,7 @@ def embedding_map(embeddings: Map, name: str, label: str) -> str:
     ):
         axis.set_label_text(f"component {number} ({share:.0%} of variance)", color=_MUTED, fontsize=9)
         axis.set_ticks([])
-    figure.legend(
-        loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=_INK, handletextpad=0.1
-    )
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=_INK, handletextpad=0.1)
     return _svg(figure, name, label)
 
 
@@ -103,9 +99,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     drawn = re.sub(r"<(metadata|style)\b.*?</\1>", "", drawn, flags=re.DOTALL)
     # matplotlib's ids are random or repeat from one figure to the next: number them, each is once on a page.
     number = {old: f"{name}-{new}" for new, old in enumerate(re.findall(r'\bid="([^"]+)"', drawn))}
-    drawn = re.sub(
-        r'(\bid="|href="#|url\(#)([^")]+)', lambda match: match[1] + number.get(match[2], match[2]), drawn
-    )
+    drawn = re.sub(r'(\bid="|href="#|url\(#)([^")]+)', lambda match: match[1] + number.get(match[2], match[2]), drawn)
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, variable)
     head = f'<svg role="img" aria-label="{html.escape(label)}"'

@@ -67,9 +67,7 @@ class Metric(NamedTuple):
     @property
     def share(self) -> bool:
         """Whether it is a share of a whole, shown in percent."""
-        numbers = [
-            n for n in (self.value, self.low, self.high, self.chance) if n is not None and not math.isnan(n)
-        ]
+        numbers = [n for n in (self.value, self.low, self.high, self.chance) if n is not None and not math.isnan(n)]
         named = self.name.startswith(_SHARES) or self.chance is not None
         return named and all(0 <= number <= 1 for number in numbers)
 
@@ -116,9 +114,7 @@ def write_report(path: Path, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        {name: getattr(wording, name) for name in ("words", "number", "times", "cosine")}
-    )
+    environment.filters.update({name: getattr(wording, name) for name in ("words", "number", "times", "cosine")})
     metrics = _metrics(report.metrics)
     page = environment.get_template("report.html.j2").render(
         report=report,
@@ -193,9 +189,7 @@ def _known(rows: Sequence[dict[str, float]], column: str) -> list[tuple[float, f
 
 def _curve(rows: Sequence[dict[str, float]], title: str, name: str, unit: str, from_zero: bool) -> Curve:
     """Draw the columns called `name` or `name/...`; one that no row has gives an empty curve."""
-    columns = [
-        column for column in dict.fromkeys(c for row in rows for c in row) if name in column.split("/")
-    ]
+    columns = [column for column in dict.fromkeys(c for row in rows for c in row) if name in column.split("/")]
     lines: dict[str, figures.Points] = {}
     summary = []
     for column in columns:

@@ -35,16 +35,12 @@ def rank_of_best(
     finite.
     """
     if len(positives) != len(queries):
-        raise InputError(
-            f"{len(positives)} lists of positives for {len(queries)} queries; expected one for each"
-        )
+        raise InputError(f"{len(positives)} lists of positives for {len(queries)} queries; expected one for each")
     check_finite(queries)
     check_finite(candidates)
     for query, own in enumerate(positives):
         if not own or min(own) < 0 or max(own) >= len(candidates):
-            raise InputError(
-                f"query {query} has positives {list(own)}; expected indices below {len(candidates)}"
-            )
+            raise InputError(f"query {query} has positives {list(own)}; expected indices below {len(candidates)}")
     ranks = [queries.new_empty(0, dtype=torch.int64)]
     for start in range(0, len(queries), chunk_size):
         scores = similarities(queries[start : start + chunk_size], candidates)
@@ -101,9 +97,7 @@ class Retrieval:
         hits = sum_over_ranks(torch.stack([(ranks < k).sum() for k in self.ks])).tolist()
         results: dict[str, float] = {}
         for k, hit in zip(self.ks, hits, strict=True):
-            chance = sum(chance_recall(k, len(right), len(candidates)) for right in positives) / len(
-                positives
-            )
+            chance = sum(chance_recall(k, len(right), len(candidates)) for right in positives) / len(positives)
             results |= metric(f"{name}/recall@{k}", hit / len(positives), wilson(hit, len(positives)), chance)
         return results
 

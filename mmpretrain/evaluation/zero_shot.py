@@ -39,9 +39,7 @@ def zero_shot_classifier(
         )
     for template in templates:
         if "{}" not in template:
-            raise InputError(
-                f"template {template!r} has no place for the class name; write {{}} where it belongs"
-            )
+            raise InputError(f"template {template!r} has no place for the class name; write {{}} where it belongs")
     # Not str.format: a brace inside a class name or template is text, not a field to look up.
     texts = [template.replace("{}", name) for name in class_names for template in templates]
     embeddings = embed_texts(model, tokenizer, texts, batch_size)
@@ -130,14 +128,10 @@ def _names(given: list[str] | None, own: Any) -> list[str]:
         labels = list(own)
     if given is None:
         if not labels:
-            raise InputError(
-                "the data set does not name its classes; give `class_names`, in the order of its labels"
-            )
+            raise InputError("the data set does not name its classes; give `class_names`, in the order of its labels")
         return labels
     # Equal names in another order are the silent mistake: every number would be wrong and none would look it.
-    if labels is not None and (
-        len(labels) != len(given) or (sorted(labels) == sorted(given) and labels != given)
-    ):
+    if labels is not None and (len(labels) != len(given) or (sorted(labels) == sorted(given) and labels != given)):
         raise InputError(
             f"class_names are {given[:3]}… ({len(given)}), but the data set's labels stand for "
             f"{labels[:3]}… ({len(labels)}); "

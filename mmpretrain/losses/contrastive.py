@@ -11,7 +11,9 @@ from mmpretrain.errors import InputError
 from mmpretrain.types import Outputs
 
 
-def contrastive_loss(a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor, logit_scale: Tensor, offset: int = 0) -> Tensor:
+def contrastive_loss(
+    a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor, logit_scale: Tensor, offset: int = 0
+) -> Tensor:
     """Symmetric InfoNCE of local rows (B,E) against all rows (G,E); row i's positive is row `offset + i`.
 
     Mean over the B rows and both directions (Radford et al. 2021, figure 3). With one process `all_a` is `a` and

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mmpretrain.distributed import rank, rotate, world_size
+from mmpretrain.distributed import rotate, world_size
 from mmpretrain.errors import InputError
 from mmpretrain.losses.contrastive import embedding_pair
 from mmpretrain.types import Outputs
@@ -57,7 +57,7 @@ class _Ring(torch.autograd.Function):
         return total / len(a)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*(grad * gradient for gradient in ctx.saved_tensors), None)
 
@@ -72,7 +72,7 @@ def ring_sigmoid_loss(
     Averaging over ranks gives the loss of the global batch.
     """
     with torch.autocast(a.device.type, enabled=False):
-        loss: Tensor = _Ring.apply(a, b, logit_scale, logit_bias, chunk_size or len(a))  # type: ignore[no-untyped-call]
+        loss: Tensor = _Ring.apply(a, b, logit_scale, logit_bias, chunk_size or len(a))
         return loss
 
 

@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from mmpretrain.distributed import sum_over_ranks, world_size
 from mmpretrain.evaluation.run import Evaluators, run_evaluators
@@ -164,7 +171,9 @@ class StopOnInterrupt(Callback):
         """Take over Ctrl-C."""
         self.previous = signal.signal(signal.SIGINT, self._note)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
         """Stop here if Ctrl-C was pressed on any rank."""
         if world_size() > 1:  # the terminal signals every local rank, but not at the same step
             flag = sum_over_ranks(torch.tensor([float(self.interrupted)], device=module.device))

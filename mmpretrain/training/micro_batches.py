@@ -38,5 +38,7 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 
 def _joined(parts: list[Prediction]) -> Prediction:
     return Prediction(
-        torch.cat([part.hidden for part in parts]), parts[0].weight, torch.cat([part.labels for part in parts])
+        torch.cat([part.hidden for part in parts]),
+        parts[0].weight,
+        torch.cat([part.labels for part in parts]),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
+from mmpretrain.training.cpu import keep_freed_memory, use_plain_attention
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Loss, Outputs
 
@@ -41,14 +42,21 @@ class TrainingModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.losses, self.weights = model, dict(losses), dict(weights or {})
-        self.optimizer, self.groups, self.weight_decay, self.scheduler = optimizer, groups, weight_decay, scheduler
+        self.optimizer, self.groups, self.weight_decay, self.scheduler = (
+            optimizer,
+            groups,
+            weight_decay,
+            scheduler,
+        )
         unknown = set(self.weights) - set(self.losses)
         if unknown or not self.losses:
             raise InputError(f"weights name {sorted(unknown)}; the losses are {sorted(self.losses)}")
         if scheduler is not None:  # its checks should speak now, not after the data is ready
             scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0))
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise InputError(f"trainer.micro_batch_size is {micro_batch_size}; give at least 1, or null for the whole batch")
+            raise InputError(
+                f"trainer.micro_batch_size is {micro_batch_size}; give at least 1, or null for the whole batch"
+            )
         self.micro_batch_size = micro_batch_size
         self.history: dict[str, Tensor] = {}
 
@@ -78,22 +86,20 @@ class TrainingModule(lightning.LightningModule):
         return total
 
     def on_fit_start(self) -> None:
-        """Turn fused attention off on a CPU, ours and timm's.
-
-        Torch's fused kernel takes 4 to 7 times as long there as the same three products in bfloat16 (65 tokens,
-        heads of 64, AVX-512), and memory for short sequences is no concern.
-        """
+        """Prepare for the device."""
         if self.device.type == "cpu":
-            for part in self.model.modules():
-                if hasattr(part, "fused_attn"):
-                    part.fused_attn = False
+            keep_freed_memory()
+            use_plain_attention(self.model)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and scheduler; the number of steps comes from the config, never from the trainer."""
         optimizer = self.optimizer(self.groups(self.model, self.weight_decay))
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
+        }
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then clamp the logit scale."""

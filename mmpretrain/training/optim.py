@@ -65,7 +65,11 @@ def warmup_cosine(
 
 
 def constant_with_cooldown(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, cooldown_steps: int, final_factor: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    warmup_steps: int,
+    cooldown_steps: int,
+    final_factor: float = 0.0,
 ) -> LambdaLR:
     """Rise over `warmup_steps`, stay, then fall linearly to `final_factor` over the last `cooldown_steps`."""
     _check_steps(total_steps, warmup_steps=warmup_steps, cooldown_steps=cooldown_steps)
@@ -82,9 +86,7 @@ def constant_with_cooldown(
 def _check_steps(total_steps: int, **parts: int) -> None:
     if total_steps < 1 or any(steps < 0 for steps in parts.values()) or sum(parts.values()) > total_steps:
         given = ", ".join(f"{name}={steps}" for name, steps in parts.items())
-        raise InputError(
-            f"{given} do not fit into {total_steps} training steps; lower them or raise trainer.max_steps"
-        )
+        raise InputError(f"{given} do not fit into {total_steps} training steps; lower them or raise trainer.max_steps")
 
 
 def _trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
@@ -108,5 +110,3 @@ def _outer_weights(model: nn.Module) -> set[int]:
             if not isinstance(module, nn.Linear):
                 outer.add(id(parameter))
     return outer
-
-

@@ -41,12 +41,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def sample(**fields: bytes) -> dict[str, bytes | str]:
@@ -224,9 +219,7 @@ def test_json_values():
 
     assert value("label") == 7 and type(value("label")) is int and type(value("yes")) is int
     assert value("caption") == "a cat" and value("tags") == ["x", "y"] and value("huge") == 10**30
-    assert torch.equal(value("share"), torch.tensor(0.5)) and torch.equal(
-        value("box"), torch.tensor([1, 2.5])
-    )
+    assert torch.equal(value("share"), torch.tensor(0.5)) and torch.equal(value("box"), torch.tensor([1, 2.5]))
     assert value("ids").dtype == torch.int64
 
 

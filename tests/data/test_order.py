@@ -45,9 +45,7 @@ def test_an_epoch_is_a_permutation_without_the_remainder(case: tuple[list[int], 
 
 
 @given(orders(), st.lists(st.integers(0, 40), max_size=12), st.integers(0, 40))
-def test_a_batch_depends_on_nothing_asked_before(
-    case: tuple[list[int], Order], before: list[int], step: int
-) -> None:
+def test_a_batch_depends_on_nothing_asked_before(case: tuple[list[int], Order], before: list[int], step: int) -> None:
     _, order = case
     expected = pickle.loads(pickle.dumps(order)).batch(step)
     for other in before:
@@ -62,8 +60,7 @@ def test_the_ranks_slices_make_up_the_same_batch_for_any_world_size(
     assume(sum(sizes) >= world_size * per_rank)
     size = world_size * per_rank
     ranks = [
-        Order(sizes, size, seed).batch(step)[rank * per_rank : (rank + 1) * per_rank]
-        for rank in range(world_size)
+        Order(sizes, size, seed).batch(step)[rank * per_rank : (rank + 1) * per_rank] for rank in range(world_size)
     ]
     assert list(itertools.chain(*ranks)) == Order(sizes, size, seed).batch(step)
     assert len({position for rank in ranks for position in rank}) == size

@@ -27,9 +27,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(8, 300), st.integers(8, 300), st.integers(8, 96), st.sampled_from(["crop", "squash", "pad"])
-)
+@given(st.integers(8, 300), st.integers(8, 300), st.integers(8, 96), st.sampled_from(["crop", "squash", "pad"]))
 def test_pixels_equal_open_clips_transform_to_one_level(width, height, size, resize):
     peer_mode = {"crop": "shortest", "squash": "squash", "pad": "longest"}[resize]
     if resize == "pad" and round(min(width, height) / (max(width, height) / size)) < 1:
@@ -165,9 +163,7 @@ def test_colour_options():
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
     jittered = Augment(32, scale=(1, 1), ratio=(1, 1), color_jitter=0.4)(image, generator())
     assert jittered.dtype == torch.uint8 and not torch.equal(jittered, plain)
-    means = torch.stack(
-        [Augment(32, color_jitter=0.4)(image, generator(i)).float().mean() for i in range(100)]
-    )
+    means = torch.stack([Augment(32, color_jitter=0.4)(image, generator(i)).float().mean() for i in range(100)])
     assert means.std() > 10  # brightness differs from draw to draw
     rate = np.mean([torch.equal(*Augment(32, grayscale=0.3)(image, generator(i))[:2]) for i in range(300)])
     assert 0.2 < rate < 0.4

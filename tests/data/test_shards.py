@@ -95,9 +95,7 @@ def test_files_of_gnu_tar(tmp_path: Path, format: str) -> None:
     (tmp_path / "in" / "link.jpg").symlink_to("top.cls")
     os.link(tmp_path / "in" / "top.cls", tmp_path / "in" / "zzz.hard")
     path = tmp_path / "a.tar"
-    subprocess.run(
-        ["tar", f"--format={format}", "--sort=name", "-cf", path, "-C", tmp_path / "in", "."], check=True
-    )
+    subprocess.run(["tar", f"--format={format}", "--sort=name", "-cf", path, "-C", tmp_path / "in", "."], check=True)
     read = list(iter_shard(path))
     assert read == by_webdataset(path)
     assert {"./b/0002", "./top", "./a.x/ü 3"} <= {sample["__key__"] for sample in read}
@@ -123,9 +121,7 @@ NAMES = st.text(st.sampled_from("ab./_AÖ"), min_size=1, max_size=12).filter(
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_names_group_as_in_webdataset(
-    tmp_path: Path, files: list[tuple[str, bytes]], format: int
-) -> None:
+def test_any_names_group_as_in_webdataset(tmp_path: Path, files: list[tuple[str, bytes]], format: int) -> None:
     path = write(tmp_path / "h.tar", dict(files), format)
     try:
         expected = by_webdataset(path)
@@ -144,9 +140,7 @@ def test_hidden_files_are_no_samples(tmp_path: Path) -> None:
 
 
 def test_pax_sizes_and_global_headers(tmp_path: Path) -> None:
-    with tarfile.open(
-        tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "hello"}
-    ) as tar:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "hello"}) as tar:
         info = tarfile.TarInfo("a.txt")
         info.size = 700
         info.pax_headers = {"size": "700", "mtime": "1.5"}
@@ -171,9 +165,7 @@ def test_sizes_in_base_256() -> None:
 
 
 def test_old_headers() -> None:
-    folder = header(
-        kind=b"\0", name=b"d.x/", size=b"00000002000\0"
-    )  # v7: a folder by its slash, without bytes
+    folder = header(kind=b"\0", name=b"d.x/", size=b"00000002000\0")  # v7: a folder by its slash, without bytes
     times = header(name=b"b.txt")[:345] + b"14712345670\0" * 2  # GNU keeps times where ustar has the prefix
     times = times[:257] + b"ustar  \0" + times[265:].ljust(247, b"\0")
     times = times[:148] + b" " * 8 + times[156:]
@@ -447,9 +439,7 @@ def web(tmp_path: Path) -> Iterator[tuple[str, list[str], Path]]:
     folder.mkdir()
     requests: list[str] = []
     handler = type("Handler", (Quiet,), {"requests": requests})
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(handler, directory=str(folder))
-    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", requests, folder

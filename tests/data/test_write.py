@@ -89,9 +89,7 @@ def test_bad_pictures_are_listed_and_left_out(pictures: Path, tmp_path: Path) ->
     ]
 
 
-def test_parallel_and_serial_write_the_same_and_one_error_spares_the_rest(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_parallel_and_serial_write_the_same_and_one_error_spares_the_rest(pictures: Path, tmp_path: Path) -> None:
     (pictures / "5.png").write_bytes(b"no picture")
     write(pictures, tmp_path / "serial", per_shard=2)
     out = tmp_path / "parallel"
@@ -155,9 +153,7 @@ def test_a_full_disk_leaves_whole_shards_only(pictures: Path, tmp_path: Path) ->
     ended = child(pictures, out, "full")
     assert ended.returncode == 1
     assert ended.stderr.startswith("one line: ") and ended.stderr.count("\n") == 1
-    assert (
-        "the disk is full (File too large)" in ended.stderr and "run the same command again" in ended.stderr
-    )
+    assert "the disk is full (File too large)" in ended.stderr and "run the same command again" in ended.stderr
     assert sorted(path.name for path in out.iterdir()) == [
         "00000.tar", "00001.tar", "manifest.json", "skipped.jsonl",
     ]  # fmt: skip

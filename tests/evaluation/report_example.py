@@ -68,9 +68,7 @@ def example(count: int = 400) -> Report:
         title="Digits CLIP, seed 0",
         metrics=metrics(),
         history=history(300),
-        config_yaml="model:\n  _target_: mmpretrain.MultimodalModel\n  embed_dim: 32\n  path: "
-        + "long/" * 60
-        + "\n",
+        config_yaml="model:\n  _target_: mmpretrain.MultimodalModel\n  embed_dim: 32\n  path: " + "long/" * 60 + "\n",
         versions={"mmpretrain": "0.1.0", "torch": "2.10.0"},
         card={
             "name": "Optical recognition of handwritten digits",

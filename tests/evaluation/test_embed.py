@@ -31,9 +31,7 @@ def test_evaluation_leaves_training_alone() -> None:
 def test_model_runs_in_evaluation_mode_without_gradients() -> None:
     model = pretrained().model.train()
     seen: list[bool] = []
-    model.encoders["text"].register_forward_hook(
-        lambda m, *_: seen.append(m.training or torch.is_grad_enabled())
-    )
+    model.encoders["text"].register_forward_hook(lambda m, *_: seen.append(m.training or torch.is_grad_enabled()))
     embed_texts(model, pretrained().tokenizer, ["red"] * 5, batch_size=2)
     assert seen == [False] * 3
 

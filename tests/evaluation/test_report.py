@@ -144,14 +144,10 @@ def test_right_answers_are_marked_in_words(tmp_path: Path) -> None:
     assert "every caption finds its picture first" in page.words
 
 
-@pytest.mark.parametrize(
-    "evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"]
-)
+@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}"])
 def test_untrusted_text_stays_text(tmp_path: Path, evil: str) -> None:
     gallery = digits(12)
-    gallery = gallery._replace(
-        captions=[f"{evil} {index}" for index in range(12)], generated=[evil for _ in range(12)]
-    )
+    gallery = gallery._replace(captions=[f"{evil} {index}" for index in range(12)], generated=[evil for _ in range(12)])
     page = written(
         tmp_path,
         Report(
@@ -204,9 +200,7 @@ def test_ranks_match_a_plain_reference(data: st.DataObject) -> None:
         right = {owner for owner, caption in zip(owners, captions) if caption == text}
         scores = {item: cosine(by_caption[text], image[item]) for item in range(pictures)}
         assert query.rank == expected(scores, right)
-        assert [a.score for a in query.answers] == pytest.approx(
-            sorted(scores.values(), reverse=True)[:5], abs=1e-5
-        )
+        assert [a.score for a in query.answers] == pytest.approx(sorted(scores.values(), reverse=True)[:5], abs=1e-5)
         assert all(answer.right == (answer.item in right) for answer in query.answers)
     for query in found.picture_queries():
         right = {found.texts.index(c) for owner, c in zip(owners, captions) if owner == query.item}
@@ -319,9 +313,7 @@ def test_empty_report_is_a_page_that_says_so(tmp_path: Path) -> None:
         EMPTY._replace(gallery=digits(2)._replace(generated=["", ""])),
         EMPTY._replace(gallery=digits(9)._replace(captions=["the same"] * 9, generated=None)),
         EMPTY._replace(gallery=digits(3)._replace(captions=["", "\ud800", "שלום 猫 $x$ " * 90])),
-        EMPTY._replace(
-            gallery=digits(4)._replace(image_embeddings=torch.ones(4, 1), text_embeddings=torch.ones(4, 1))
-        ),
+        EMPTY._replace(gallery=digits(4)._replace(image_embeddings=torch.ones(4, 1), text_embeddings=torch.ones(4, 1))),
         EMPTY._replace(metrics={"accuracy": 1.0}),
         EMPTY._replace(metrics={"loss": -2e-7, "x/chance": 0.1, "y/z": 1e9}),
     ],
@@ -368,9 +360,7 @@ def test_metrics_without_chance_or_interval_have_no_bar(tmp_path: Path) -> None:
         ({"generated": ["one"]}, "generated has 1 captions; expected 4"),
     ],
 )
-def test_a_gallery_that_does_not_fit_is_refused(
-    tmp_path: Path, change: dict[str, object], message: str
-) -> None:
+def test_a_gallery_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     old = tmp_path / "report.html"
     old.write_text("the last good report")
     with pytest.raises(InputError, match=message):

@@ -91,11 +91,7 @@ def test_opens_without_network_or_errors(browser: Any, report: str) -> None:
     browser.get_log("performance")
     show(browser, report, 1280, "light")
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-    ]
+    requests = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert requests[0] == report
     assert all(url.startswith("data:") for url in requests[1:])
     assert browser.get_log("browser") == []
@@ -135,9 +131,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     gallery = example(20).gallery
     assert gallery is not None
     path = tmp_path_factory.mktemp("wide") / "report.html"
-    numbers = {
-        f"{word}/{word}/recall@1{ending}": 0.123456 for ending in ("", "/ci_low", "/ci_high", "/chance")
-    }
+    numbers = {f"{word}/{word}/recall@1{ending}": 0.123456 for ending in ("", "/ci_low", "/ci_high", "/chance")}
     numbers |= {f"{word}/cost{ending}": 123_456_789.0 for ending in ("", "/ci_low", "/ci_high", "/chance")}
     write_report(
         path,
@@ -147,9 +141,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
             config_yaml=word * 9,
             versions={word: word},
             card=dict.fromkeys(("name", "licence", "attribution", "url"), f"https://{word}"),
-            gallery=gallery._replace(
-                captions=[f"{word}{n}" for n in range(20)], generated=[word for _ in range(20)]
-            ),
+            gallery=gallery._replace(captions=[f"{word}{n}" for n in range(20)], generated=[word for _ in range(20)]),
         ),
     )
     return path.as_uri()
@@ -159,9 +151,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("content", "width"),
     [("report", 1280), ("report", 768), ("report", 380), ("report", 320), ("wide", 1280), ("wide", 380)],
 )
-def test_page_never_scrolls_sideways(
-    browser: Any, width: int, content: str, request: pytest.FixtureRequest
-) -> None:
+def test_page_never_scrolls_sideways(browser: Any, width: int, content: str, request: pytest.FixtureRequest) -> None:
     show(browser, request.getfixturevalue(content), width, "light")
     browser.execute_script("document.querySelector('details').open = true")
     # Nothing is cut off unseen either: everything with a size ends inside the window.

@@ -17,9 +17,7 @@ def test_every_rank_has_the_numbers_of_one_process(world_size: int) -> None:
     expected = torch.nn.functional.normalize(torch.tensor(COLOURS).float(), dim=-1)
     torch.testing.assert_close(torch.tensor(alone["embeddings"]), expected)
     assert alone["targets"] == [["é\n"], 1, "x", None, 2.5, [1]]
-    assert (
-        0 < alone["retrieval"]["text_to_image/recall@1"] < alone["retrieval"]["text_to_image/recall@10"] < 1
-    )
+    assert 0 < alone["retrieval"]["text_to_image/recall@1"] < alone["retrieval"]["text_to_image/recall@10"] < 1
     assert 0 < alone["zero_shot"]["top2"] < 1
     assert 0 < alone["captioning"]["rouge_l"] < 1
     assert run_ranks(everything, world_size) == [alone] * world_size

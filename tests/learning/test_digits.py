@@ -46,7 +46,16 @@ def scans(train: bool) -> tuple[Tensor, Tensor]:
 
 def captions(left: Tensor, right: Tensor) -> Tensor:
     """(B,8) ids of '<start> left L then right R and <end>'."""
-    words = [START, WORDS.index("left"), -1, WORDS.index("then"), WORDS.index("right"), -2, WORDS.index("and"), END]
+    words = [
+        START,
+        WORDS.index("left"),
+        -1,
+        WORDS.index("then"),
+        WORDS.index("right"),
+        -2,
+        WORDS.index("and"),
+        END,
+    ]
     ids = torch.tensor(words).repeat(len(left), 1)
     ids[:, 2], ids[:, 5] = left, right
     return ids
@@ -61,7 +70,14 @@ def pairs(count: int, train: bool, generator: torch.Generator) -> tuple[Tensor, 
 
 def build(family: str) -> MultimodalModel:
     torch.manual_seed(0)
-    args = {"img_size": (8, 16), "patch_size": 4, "embed_dim": WIDTH, "depth": 3, "num_heads": 4, "pre_norm": True}
+    args = {
+        "img_size": (8, 16),
+        "patch_size": 4,
+        "embed_dim": WIDTH,
+        "depth": 3,
+        "num_heads": 4,
+        "pre_norm": True,
+    }
     if family == "clip":
         image, text = ImageEncoder("vit_tiny_patch16_224", args), {"pooling": "eos"}
     elif family == "siglip":

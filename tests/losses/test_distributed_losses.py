@@ -7,8 +7,8 @@ import torch
 
 from mmpretrain import (
     ContrastiveLoss,
-    MultiPositiveContrastiveLoss,
     MultimodalModel,
+    MultiPositiveContrastiveLoss,
     Padded,
     PredictionLoss,
     SigmoidLoss,
@@ -51,7 +51,9 @@ def loss_and_gradients(family: str) -> tuple[float, dict[str, torch.Tensor]]:
     build, losses = FAMILIES[family]
     model: MultimodalModel = build().double()
     batch = share(global_batch(family), rank(), world_size(), trim=family != "siglip")
-    outputs = model({m: Padded(p.values.double() / 255 if m == "image" else p.values, p.mask) for m, p in batch.items()})
+    outputs = model(
+        {m: Padded(p.values.double() / 255 if m == "image" else p.values, p.mask) for m, p in batch.items()}
+    )
     total = sum(loss(outputs) for loss in losses())
     total.backward()
     mean = sum_over_ranks(total.detach()) / world_size()

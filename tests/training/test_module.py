@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import mmpretrain
-from mmpretrain import ContrastiveLoss, ImageEncoder, InputError, MultimodalModel, Padded, PredictionLoss, SigmoidLoss
+from mmpretrain import (
+    ContrastiveLoss,
+    ImageEncoder,
+    InputError,
+    MultimodalModel,
+    Padded,
+    PredictionLoss,
+    SigmoidLoss,
+)
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.optim import parameter_groups
@@ -52,7 +60,9 @@ def test_micro_batches_replay_the_random_state():
     batch = {"image": Padded(torch.rand(6, 3, 32, 32, dtype=torch.float64)), "text": models.batch(6)["text"]}
     got = gradients(model, [ContrastiveLoss()], batch, 2)
     torch.manual_seed(5)
-    parts = [model({m: Padded(*(t if t is None else t[i : i + 2] for t in p)) for m, p in batch.items()}) for i in (0, 2, 4)]
+    parts = [
+        model({m: Padded(*(t if t is None else t[i : i + 2] for t in p)) for m, p in batch.items()}) for i in (0, 2, 4)
+    ]
     model.zero_grad()
     joined = parts[0]._replace(embeddings={m: torch.cat([p.embeddings[m] for p in parts]) for m in batch})
     ContrastiveLoss()(joined).backward()

@@ -53,7 +53,10 @@ def test_muon_takes_hidden_matrices_only():
         "encoders.image.pool.caption.query",
     ):
         assert excluded not in muon
-    assert {"encoders.text.blocks.0.mlp.up.weight", "encoders.image.backbone.blocks.0.attn.qkv.weight"} <= muon
+    assert {
+        "encoders.text.blocks.0.mlp.up.weight",
+        "encoders.image.backbone.blocks.0.attn.qkv.weight",
+    } <= muon
     assert rest["use_fallback"] and plain["use_fallback"] and "use_fallback" not in hidden
 
 
