@@ -136,7 +136,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
 
 
 def shell_friendly(arguments: Sequence[str]) -> list[str]:
-    """Let `data.train=/path/{000..009}.tar` and `-m` anywhere mean what they say; Hydra's grammar needs help with both."""
+    """Let `data.train=/path/{000..009}.tar` and `-m` anywhere mean what they say; Hydra's grammar has neither."""
     multirun = [a for a in arguments if a in ("-m", "--multirun")]
     rest = [a for a in arguments if a not in multirun]
     return [*multirun, *(BRACES.sub(r"\1='\2'", a) for a in rest)]

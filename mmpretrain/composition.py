@@ -42,12 +42,14 @@ def explain(error: BaseException, config_name: str, arguments: Sequence[str]) ->
     if unknown:
         inner = re.search(r"full_key: (\S+)", text)
         key = inner[1] if inner else unknown[1]
-        return f"no key {key!r} in the config{_nearest(key, _keys(config_name, arguments))}; a new key is added with +{key}=..."
+        nearest = _nearest(key, _keys(config_name, arguments))
+        return f"no key {key!r} in the config{nearest}; a new key is added with +{key}=..."
     option = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text)
     if option:
         group, _, choice = option[1].rpartition("/")
         options = re.findall(r"\S+", text.split(f"Available options in '{group}':")[-1].split(" Config search path")[0])
-        return f"no {group or 'config'} {choice!r}{_nearest(choice, options)}; there are: {', '.join(dict.fromkeys(options))}"
+        known = ", ".join(dict.fromkeys(options))
+        return f"no {group or 'config'} {choice!r}{_nearest(choice, options)}; there are: {known}"
     if any(isinstance(link, MissingMandatoryValue) for link in chain):
         key = next((k for k in (str(getattr(link, "full_key", "") or "") for link in chain) if k), text)
         return f"{key} is not set; give it on the command line: {key}=..."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.autograd.function import once_differentiable
 
 
@@ -106,14 +107,14 @@ def rotate(*tensors: Tensor) -> list[Tensor]:
 
 
 def run_id() -> str:
-    """Name of this run, the same on every rank although clocks differ: SLURM's job id, torchrun's store, or the time."""
+    """Name this run, the same on every rank though clocks differ: SLURM's job id, by torchrun's store, or the time."""
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm_{os.environ['SLURM_JOB_ID']}"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return now
     # torchrun's agent already serves this store; the process group only comes up later, inside the trainer.
-    store = dist.distributed_c10d.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"mmpretrain/run_id/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if os.environ["RANK"] == "0":
         store.set(key, now)

@@ -28,7 +28,7 @@ class Decoder:
     """
 
     def __init__(self, model: MultimodalModel, values: Padded | Tensor, head: str = "caption") -> None:
-        found = model.heads.get(head, None)
+        found = model.heads[head] if head in model.heads else None  # noqa: SIM401 (a ModuleDict has no get)
         if not isinstance(found, CaptionHead) or not isinstance(model.fusion, CrossAttentionFusion):
             raise InputError(f"this model writes no captions (its heads: {list(model.heads)}); load a CoCa model")
         encoder = model.encoders[found.modality]

@@ -74,8 +74,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend; `mask` is bool, broadcastable to (B,heads,N,M), True = may be attended to.
 
-        Give `mask` or `causal`, not both. With a `cache`, `x` holds only the new positions, each of which sees all cached ones and, if `causal`, the new
-        ones up to itself.
+        Give `mask` or `causal`, not both. With a `cache`, `x` holds only the new positions, each of which sees all
+        cached ones and, if `causal`, the new ones up to itself.
         """
         context = x if context is None else context
         q, k, v = self._split(self.q(x)), self._split(self.k(context)), self._split(self.v(context))
@@ -170,7 +170,7 @@ class CrossBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Learned queries that attend over all tokens once: (B,M,context_width) -> (B,num_queries,width) (CoCa section 3.2)."""
+    """Learned queries that read all tokens once: (B,M,context_width) -> (B,num_queries,width) (CoCa section 3.2)."""
 
     def __init__(
         self,

@@ -60,8 +60,8 @@ class MultimodalModel(nn.Module):
             modality = str(getattr(head, "modality", ""))
             if getattr(head, "needs_causal", False) and not getattr(self.encoders[modality], "causal", True):
                 raise InputError(
-                    f"head {name!r} predicts the next token of {modality!r}, whose encoder is bidirectional and so sees "
-                    f"it; set model.encoders.{modality}.causal=true"
+                    f"head {name!r} predicts the next token of {modality!r}, whose encoder is bidirectional and so "
+                    f"sees it; set model.encoders.{modality}.causal=true"
                 )
             if self.fusion is None:
                 raise InputError(f"head {name!r} needs fused tokens but the model has no fusion; give model.fusion")
@@ -113,7 +113,7 @@ class MultimodalModel(nn.Module):
 def identity(padded: Padded) -> Tensor:
     """Hash (B,L) ids to (B,) int64 that does not depend on how far a row is padded; equal rows have equal hashes."""
     values, mask = padded
-    # Wrapping int64 arithmetic: an odd-multiplier polynomial in the position, mixed per id; collisions ~ 2^-63 per pair.
+    # Wrapping int64 arithmetic: a polynomial of odd multipliers in the position, mixed per id.
     position = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=torch.int64)
     mixed = (values.to(torch.int64) + 1) * -7046029254386353131
     mixed = (mixed ^ (mixed >> 29)) * (position * -4658895280553007687 + 1442695040888963407)

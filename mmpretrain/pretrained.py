@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -85,7 +84,7 @@ def save(path: str | Path, model: MultimodalModel, config: Mapping[str, Any]) ->
         temporary.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

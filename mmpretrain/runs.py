@@ -35,7 +35,7 @@ class Run(NamedTuple):
         if link.is_symlink() or not link.exists():
             temporary = link.with_name(f".latest.{os.getpid()}")
             temporary.symlink_to(self.folder.name, target_is_directory=True)
-            os.replace(temporary, link)
+            temporary.replace(link)
 
 
 def open_run(config: DictConfig) -> Run:

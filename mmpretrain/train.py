@@ -85,7 +85,7 @@ def training_module(
     """Build losses, optimizer and scheduler around a model."""
     if config.trainer.get("accumulate_grad_batches", 1) != 1:
         raise InputError(
-            "trainer.accumulate_grad_batches changes a contrastive loss, which needs all of a batch's negatives at once; "
+            "trainer.accumulate_grad_batches changes a contrastive loss, which needs a batch's negatives at once; "
             "set trainer.micro_batch_size instead, which changes no gradient"
         )
     losses, optimizer = build(config.losses), build(config.optimizer)
@@ -162,7 +162,8 @@ def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
         want, got = getattr(encoder, attribute, None), getattr(tokenizer, attribute)
         if want is not None and want != got:
             raise InputError(
-                f"the text encoder has {attribute} {want}, the tokenizer {got}; set model.encoders.text.{attribute}={got}"
+                f"the text encoder has {attribute} {want}, the tokenizer {got}; "
+                f"set model.encoders.text.{attribute}={got}"
             )
 
 

@@ -119,7 +119,7 @@ class Loss(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts -> ids (B,L) int64 and their mask, each row beginning with the start id (if any) and ending with `eos_id`."""
+    """Texts -> ids (B,L) int64 and mask, each row from the start id (if any) to `eos_id`, then padding."""
 
     vocab_size: int
     context_length: int

@@ -174,7 +174,8 @@ def test_the_models_of_the_readme_have_the_sizes_it_says() -> None:
     for name, *sizes in rows:
         tokenizer = {"siglip": "siglip", "coca": "coca"}.get(name.split("_")[0], "clip")
         with initialize_config_module("mmpretrain.configs", version_base="1.3"), torch.device("meta"):
-            model = instantiate(compose("train", [f"model={name}", f"tokenizer={tokenizer}"]).model)
+            choices = ["experiment=image_text_clip", f"model={name}", f"tokenizer={tokenizer}", "data.image_size=64"]
+            model = instantiate(compose("train", choices).model)
         parts = (model, model.encoders["image"], model.encoders["text"])
         counted = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
         assert [f"{count:.1f}" for count in counted] + [str(model.embed_dim)] == sizes, name

@@ -121,7 +121,7 @@ def test_projections_can_be_given():
 
 def test_parts_that_do_not_fit_are_refused():
     encoders = dict(models.siglip().encoders)
-    with pytest.raises(InputError, match="bidirectional.*causal=true"):
+    with pytest.raises(InputError, match=r"bidirectional.*causal=true"):
         MultimodalModel(16, encoders, CrossAttentionFusion(32, 1, 2), {"caption": CaptionHead(models.VOCAB, 32)})
     with pytest.raises(InputError, match=r"model\.fusion"):
         MultimodalModel(16, dict(models.clip().encoders), heads={"caption": CaptionHead(models.VOCAB, 32)})

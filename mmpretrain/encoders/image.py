@@ -54,7 +54,7 @@ class ParallelAttentionPool(nn.Module):
 
 
 class SharedAttentionPool(nn.Module):
-    """One pooler whose first query is the contrastive vector and whose others feed the decoder, as released CoCa weights.
+    """One pooler: its first query is the contrastive vector, the others feed the decoder, as in released CoCa weights.
 
     (B,M,context_width) -> tokens (B,num_queries-1,width), pooled (B,width); a norm follows the pooling (open_clip).
     """

@@ -25,8 +25,8 @@ class TextState(NamedTuple):
 class TextEncoder(nn.Module):
     """Transformer over token ids: (B,L) -> pooled (B,width), tokens (B,L,width).
 
-    `pooling`: `eos` takes the first end-of-text position (CLIP); `last` the last position, where padding is read as text and
-    so is always there in full (SigLIP);
+    `pooling`: `eos` takes the first end-of-text position (CLIP); `last` the last position, where padding is read as
+    text and so is always there in full (SigLIP);
     `mean` the average over real tokens; `class_token` a learned token appended after the text that sees all real
     tokens and is seen by none (CoCa section 3.2). With `class_token` the returned tokens are those before the final
     norm, as CoCa's decoder reads them; otherwise after it.
@@ -75,7 +75,7 @@ class TextEncoder(nn.Module):
         init_transformer(self.blocks, self.width, depth)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
-        """Encode (B,L) ids; `mask` (B,L) True = real, None = all real. Raises `InputError` beyond `context_length`."""
+        """Encode (B,L) ids; `mask` (B,L) True = real, None = all. Raises `InputError` beyond `context_length`."""
         if values.ndim != 2 or values.shape[1] > self.context_length:
             raise InputError(
                 f"text has shape {tuple(values.shape)} but the encoder was built for (B, up to {self.context_length}); "
@@ -107,7 +107,8 @@ class TextEncoder(nn.Module):
         return tokens, TextState(state.caches, state.length + ids.shape[1])
 
     def _embed(self, ids: Tensor, start: int) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding[start : start + ids.shape[1]]  # type: ignore[no-any-return]
+        embedded: Tensor = self.token_embedding(ids) + self.position_embedding[start : start + ids.shape[1]]
+        return embedded
 
     def _attention_mask(self, real: Tensor, has_padding: bool) -> Tensor | None:
         """Mask (B,1,1|N,N), or None where the triangle alone (or nothing) is enough.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +52,4 @@ class MetricsCsv(Logger):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({"step": s, **row} for s, row in self.rows.items())
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
 from mmpretrain.training.cpu import keep_freed_memory, use_plain_attention
+from mmpretrain.training.fsdp import shard
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Loss, Outputs
 
@@ -84,6 +85,11 @@ class TrainingModule(lightning.LightningModule):
                 self.history["logit_bias"] = outputs.logit_bias.detach()
         self.history["loss/total"] = total.detach()
         return total
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy has a device mesh (FSDP2)."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Prepare for the device."""

@@ -52,7 +52,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, final_factor: float = 0.0
 ) -> LambdaLR:
-    """Rise linearly over `warmup_steps`, then follow half a cosine down to `final_factor` of the peak at `total_steps`."""
+    """Rise linearly over `warmup_steps`, then follow half a cosine down to `final_factor` of the peak."""
     _check_steps(total_steps, warmup_steps=warmup_steps)
 
     def factor(step: int) -> float:
@@ -98,7 +98,7 @@ def _decays(parameter: nn.Parameter) -> bool:
 
 
 def _is_position_table(parameter: nn.Parameter) -> bool:
-    """Recognise timm's (1,N,D) position tables; a weight matrix or kernel never has a leading 1 and three dimensions."""
+    """Recognise timm's (1,N,D) position tables; no weight matrix or kernel has a leading 1 and three dimensions."""
     return parameter.ndim == 3 and parameter.shape[0] == 1
 
 

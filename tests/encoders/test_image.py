@@ -117,9 +117,9 @@ def test_wrong_names_sizes_and_arguments_say_what_to_change():
     with pytest.raises(InputError, match="refuses model_args"):
         ImageEncoder("resnet18", {"no_such_argument": 1})
     encoder = ImageEncoder("vit_tiny_patch16_224", VIT)
-    with pytest.raises(InputError, match="32x32.*16x16"):
+    with pytest.raises(InputError, match=r"32x32.*16x16"):
         encoder(pixels(32))
-    with pytest.raises(InputError, match="B,C,H,W"):
+    with pytest.raises(InputError, match=r"B,C,H,W"):
         encoder(pixels()[0])
 
 
