@@ -75,6 +75,10 @@ class MultimodalModel(nn.Module):
 
     def encode(self, modality: str, values: Padded | Tensor) -> Encoded:
         """Run one encoder: pooled (B,D), tokens (B,N,D), mask (B,N). Raises `InputError` for an unknown modality."""
+        return self._encode(modality, values)
+
+    def _encode(self, modality: str, values: Padded | Tensor) -> Encoded:
+        # The public methods do not call each other: FSDP gathers parameters around each, and cannot be nested.
         if modality not in self.encoders:
             raise InputError(f"no encoder for {modality!r}; this model has {', '.join(self.encoders)}")
         padded = values if isinstance(values, Padded) else Padded(values)
@@ -83,7 +87,7 @@ class MultimodalModel(nn.Module):
 
     def embed(self, modality: str, values: Padded | Tensor) -> Tensor:
         """Embed a batch of one modality: (B,E) float32 unit vectors."""
-        return self._project(modality, self.encode(modality, values))
+        return self._project(modality, self._encode(modality, values))
 
     def encode_image(self, values: Padded | Tensor) -> Tensor:
         """Embed images, under the name the ecosystem expects: (B,E) unit vectors."""
@@ -95,7 +99,7 @@ class MultimodalModel(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """Encode, embed and fuse every modality of a batch."""
-        encoded = {m: self.encode(m, padded) for m, padded in batch.items()}
+        encoded = {m: self._encode(m, padded) for m, padded in batch.items()}
         embeddings = {m: self._project(m, e) for m, e in encoded.items()}
         fused = {} if self.fusion is None else self.fusion(encoded)
         predictions: dict[str, Prediction] = {n: h(fused, batch) for n, h in self.heads.items() if h.modality in fused}

@@ -67,7 +67,16 @@ def short(arguments: list[str]) -> list[str]:
     return [*arguments, *limits, *often]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are quicker on one thread, far quicker where others use the machine too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with an OpenMoji of 300 pictures: rendering all takes longer than all the pages."""
     folder = tmp_path_factory.mktemp("cache")
@@ -78,7 +87,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The smallest run of the demo, report and all."""
     folder = tmp_path_factory.mktemp("run") / "demo"

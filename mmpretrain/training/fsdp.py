@@ -24,6 +24,7 @@ def shard(model: MultimodalModel, mesh: DeviceMesh) -> None:
             if isinstance(parts, nn.Sequential):
                 for part in parts:
                     fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # What a loss multiplies (an output embedding) must still be whole after the forward pass.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("encode", "embed"):
         register_fsdp_forward_method(model, method)
