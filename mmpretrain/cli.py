@@ -106,6 +106,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
     register_resolvers()
     original = list(sys.argv)
     failures: list[BaseException] = []
+    named = "MMPRETRAIN_RUN_ID" in os.environ
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     @hydra.main(config_path="pkg://mmpretrain.configs", config_name=name, version_base="1.3")
@@ -130,6 +131,8 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         raise InputError(explain(error, name, arguments)) from error
     finally:
         sys.argv = original
+        if not named:
+            os.environ.pop("MMPRETRAIN_RUN_ID", None)  # made for this run and its further ranks
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
     return 0

@@ -39,6 +39,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """End the process group on every rank, so that what follows runs on each rank alone."""
+    if is_distributed():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

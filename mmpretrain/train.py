@@ -9,18 +9,23 @@ from functools import partial
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain.config import instantiate
 from mmpretrain.data.datamodule import DataModule
+from mmpretrain.distributed import leave, rank, sum_over_ranks
 from mmpretrain.errors import InputError
+from mmpretrain.evaluation import write_metrics
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
+from mmpretrain.report import report_run
 from mmpretrain.runs import Run, check_checkpoint, open_run
 from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, StopOnInterrupt
 from mmpretrain.training.csv_logger import MetricsCsv
+from mmpretrain.training.fsdp import full_state
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.types import Tokenizer
 
@@ -104,17 +109,18 @@ def training_module(
 def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation: Evaluation) -> dict[str, float]:
     """Write model, metrics and report, on rank 0; the data module's counts join the metrics."""
     data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
-    model: MultimodalModel = trainer.lightning_module.model  # type: ignore[assignment]
+    module: Any = trainer.lightning_module
     final = {**evaluation.metrics, "train/steps": float(trainer.global_step)}
-    final["train/truncated_captions"] = float(data.collate.truncated.value)
+    final["train/truncated_captions"] = float(sum_over_ranks(torch.tensor(data.collate.truncated.value)))
     for name, sizes in data.sizes().items():
         final[f"train/{name}/samples"] = float(sizes.samples)
+    state = full_state(module.model) if module.device_mesh is not None else module.model.state_dict()
+    leave()
     if trainer.is_global_zero:
-        from mmpretrain.evaluation import write_metrics
-        from mmpretrain.report import report_run
-
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         parts = {part: resolved[part] for part in ("model", "tokenizer")}
+        model: MultimodalModel = instantiate(config.model, allow=tuple(config.allow_targets))
+        model.load_state_dict(state)
         save(run.folder / "model", model, {**parts, "preprocess": resolved["data"]["preprocess"]})
         write_metrics(run.folder / "metrics.json", final)
         if config.report:
@@ -168,7 +174,9 @@ def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
 
 
 def show(metrics: Mapping[str, float]) -> None:
-    """Print the metrics that have a chance level as a short table."""
+    """Print the metrics that have a chance level as a short table, on rank 0."""
+    if rank() != 0:
+        return
     from rich.console import Console
     from rich.table import Table
 

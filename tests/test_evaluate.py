@@ -22,8 +22,8 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 def test_the_numbers_are_those_of_training(trained, shards, tmp_path, capsys):
     out = tmp_path / "numbers.json"
-    captions = "+data.captions={_target_:mmpretrain.data.decode.TextCaption}"
-    arguments = ["evaluators=image_text", f"+data.val={shards}", captions, f"output={out}", "json=true"]
+    captions = "data.captions={_target_:mmpretrain.data.decode.TextCaption}"
+    arguments = ["evaluators=image_text", f"data.val={shards}", captions, f"output={out}", "json=true"]
     assert main(["evaluate", f"checkpoint={trained}", *arguments]) == 0
     found = json.loads(out.read_text())
     during = json.loads((trained / "metrics.json").read_text())
@@ -39,8 +39,8 @@ def test_an_image_folder_and_shards_of_classes(trained, shards, tmp_path):
         for i in range(3):
             Image.new("RGB", (30, 20), value).save(tmp_path / "pictures" / colour / f"{i}.png")
     for name, arguments in {
-        "image_folder": [f"+data.root={tmp_path / 'pictures'}"],
-        "shards_classification": [f"+data.val={shards}", f"+data.class_names=[{','.join(COLOURS)}]"],
+        "image_folder": [f"data.root={tmp_path / 'pictures'}"],
+        "shards_classification": [f"data.val={shards}", f"data.class_names=[{','.join(COLOURS)}]"],
     }.items():
         out = tmp_path / f"{name}.json"
         assert (

@@ -19,17 +19,7 @@ import mmpretrain
 from mmpretrain.cli import main
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Bit-equal runs need the same number of threads, in this process and in those it starts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(*overrides: str) -> int:
-    os.environ.pop("MMPRETRAIN_RUN_ID", None)
     return main(["train", *overrides])
 
 
@@ -110,7 +100,7 @@ def test_two_ranks_equal_one(tiny, tmp_path, extra):
     assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
     command = [sys.executable, "-m", "mmpretrain", "train", *common, "trainer=ddp_cpu", "trainer.max_steps=6"]
     done = subprocess.run(
-        [*command, f"run_dir={tmp_path / 'two'}"],
+        [*command, f"run_dir={tmp_path / 'two'}", "report=true"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -261,3 +251,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "resume=auto" in error and "Traceback" not in error
     assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
+    common = [*tiny, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=4"]
+    for devices in (1, 2):
+        command = [sys.executable, "-m", "mmpretrain", "train", *common, f"trainer.devices={devices}"]
+        done = subprocess.run(
+            [*command, f"run_dir={tmp_path / str(devices)}"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    for step in one:
+        assert two[step]["loss/total"] == pytest.approx(one[step]["loss/total"], rel=2e-5)
+    for name, tensor in weights(tmp_path / "1").items():
+        torch.testing.assert_close(weights(tmp_path / "2")[name], tensor, rtol=1e-3, atol=2e-5, msg=name)

@@ -31,6 +31,9 @@ class TextEncoder(nn.Module):
     tokens and is seen by none (CoCa section 3.2). With `class_token` the returned tokens are those before the final
     norm, as CoCa's decoder reads them; otherwise after it.
 
+    `table_std` is the std that tokens and positions are drawn with; None is CLIP's 0.02 and 0.01, SigLIP has
+    width^-0.5 for both, without which a bidirectional encoder is slow to tell positions apart.
+
     `class_mask="legacy"` reproduces released CoCa weights, whose mask for the class token is shifted by one position:
     the class token sees the first padding and not itself; such text must be padded to `context_length`.
     """
@@ -48,6 +51,7 @@ class TextEncoder(nn.Module):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         norm_eps: float = 1e-5,
+        table_std: float | None = None,
         class_mask: Literal["exact", "legacy"] = "exact",
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -65,11 +69,11 @@ class TextEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.empty(width)) if pooling == "class_token" else None
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, activation, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self._init(depth)
+        self._init(depth, table_std)
 
-    def _init(self, depth: int) -> None:
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding, std=0.01)
+    def _init(self, depth: int, table_std: float | None) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02 if table_std is None else table_std)
+        nn.init.normal_(self.position_embedding, std=0.01 if table_std is None else table_std)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=0.01)
         init_transformer(self.blocks, self.width, depth)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -12,6 +13,8 @@ from mmpretrain.model import MultimodalModel
 
 def shard(model: MultimodalModel, mesh: DeviceMesh) -> None:
     """Shard a model over `mesh`, block by block, so that one block's parameters at a time are whole.
+
+    A mesh of two dimensions copies over the first (nodes) and shards over the second (ranks of a node).
 
     Our blocks and the children of a timm backbone's `blocks` or `stages` are gathered on their own, the rest (tables,
     projections, heads, logit scale) together. `encode` and `embed` gather parameters too, not only `forward`.
@@ -28,3 +31,9 @@ def shard(model: MultimodalModel, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("encode", "embed"):
         register_fsdp_forward_method(model, method)
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """Gather a model's whole state on the CPU of rank 0 (empty elsewhere); every rank must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(model, options=options))

@@ -89,7 +89,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Shard the model where the strategy has a device mesh (FSDP2)."""
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+            shard(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
         """Prepare for the device."""

@@ -81,8 +81,8 @@ def build(family: str) -> MultimodalModel:
     if family == "clip":
         image, text = ImageEncoder("vit_tiny_patch16_224", args), {"pooling": "eos"}
     elif family == "siglip":
-        image = ImageEncoder("vit_tiny_patch16_224", {**args, "class_token": False, "global_pool": "map"})
-        text = {"causal": False, "pooling": "last"}
+        image = ImageEncoder("vit_tiny_patch16_224", {**args, "class_token": False, "global_pool": "map"}, init="clip")
+        text = {"causal": False, "pooling": "last", "table_std": WIDTH**-0.5}
     else:
         pool = CascadedAttentionPool(WIDTH, 4, 8)
         image = ImageEncoder("vit_tiny_patch16_224", {**args, "class_token": False, "global_pool": ""}, pool)
