@@ -21,7 +21,7 @@ learning:  ## only the tests that train a small model and check that it learned
 	$(PYTHON) -m pytest -m learning
 
 bench:  ## every benchmark, one after the other
-	@find benchmarks -name '*.py' ! -name '_*' | sort | while read -r file; do $(PYTHON) "$$file" || exit 1; done
+	@find benchmarks -name '*.py' ! -name '_*' | sort | while read -r file; do $(PYTHON) -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 
 docs:  ## build the documentation into site/
 	$(PYTHON) -m mkdocs build --strict

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -33,7 +35,8 @@ def shard(model: MultimodalModel, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(model, method)
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state(model: nn.Module) -> dict[str, Any]:
     """Gather a model's whole state on the CPU of rank 0 (empty elsewhere); every rank must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(model, options=options))
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state

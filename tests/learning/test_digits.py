@@ -7,6 +7,7 @@ and the right digit, so that order matters. 1,437 scans train, 360 others test; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from mmpretrain import (
     TextEncoder,
 )
 from mmpretrain.generation import Decoder, greedy_ids
+from mmpretrain.training.cpu import use_plain_attention
 from mmpretrain.training.optim import parameter_groups, warmup_cosine
 
 pytestmark = [pytest.mark.learning, pytest.mark.slow]
@@ -37,6 +39,7 @@ LENGTH, STEPS, BATCH = 8, 1500, 64
 WIDTH = 96
 
 
+@cache
 def scans(train: bool) -> tuple[Tensor, Tensor]:
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
@@ -98,6 +101,7 @@ def build(family: str) -> MultimodalModel:
 
 def train(family: str, loss: Callable[[Outputs], Tensor], shuffle: bool = False) -> MultimodalModel:
     model = build(family)
+    use_plain_attention(model)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98))
     scheduler = warmup_cosine(optimizer, STEPS, 100)

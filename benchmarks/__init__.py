@@ -1,0 +1,1 @@
+"""Benchmarks: each first checks that both sides compute the same, then alternates them in one run."""
