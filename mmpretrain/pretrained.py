@@ -82,9 +82,10 @@ def save(path: str | Path, model: MultimodalModel, config: Mapping[str, Any]) ->
         OmegaConf.save(parts, temporary / CONFIG)
         save_model(model, str(temporary / WEIGHTS), metadata={"format": "pt"})
         temporary.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # a folder cannot be replaced in one step: the old one stays whole until the new is there
+            target.rename(temporary.with_suffix(".old"))
         temporary.replace(target)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -135,9 +135,16 @@ def test_other_loggers_name_a_lightning_class(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "evaluators").glob("*.yaml")))
 def test_evaluators_build(name):
-    extra = ["+data.val=x.tar", "+data.root=x", "+data.class_names=[a,b]", "+data.captions=null"]
+    extra = ["data.val=x.tar", "data.root=x", "data.class_names=[a,b]"]
     composed = config(f"evaluators={name}", *extra, name="evaluate")
     assert isinstance(instantiate(composed.evaluators), dict)
+
+
+def test_frozen_encoders_and_languages_by_config():
+    model = on_meta(config("model.freeze=[image]").model)
+    assert not any(p.requires_grad for p in model.encoders["image"].parameters())
+    field = instantiate(config("data.languages=[en,de,fr]").data.module).sources["image_text"].fields["text"]
+    assert field.choose == ("en", "de", "fr")
 
 
 def test_openmoji_labels_in_the_config_are_the_data_sets():

@@ -52,6 +52,7 @@ def test_a_run_folder_holds_everything(tiny, tmp_path, capsys):
     assert "${" not in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_very_next_sample(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     steps = ["callbacks.checkpoint_every_n_steps=2", "evaluators=none"]
@@ -90,6 +91,7 @@ def test_workers_change_nothing(tiny, tmp_path):
     assert [r["loss/total"] for r in a.values()] == [r["loss/total"] for r in b.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [[], ["losses=siglip", "+model.logit_bias=-10.0", "+model.logit_scale=10.0"]],
@@ -227,6 +229,29 @@ def test_an_unreadable_picture_stops_with_its_name(tiny, tmp_path, capsys):
     assert "broken0" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
+def test_pickles_in_a_shard_are_never_opened(tiny, shards, tmp_path):
+    """webdataset's default decoders would run them; the sample itself is used as if they were not there."""
+    import pickle
+
+    import webdataset
+
+    from mmpretrain.data.shards import iter_shard
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "poisoned").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "poisoned" / "00000.tar")) as writer:
+        for sample in iter_shard(shards / "00000.tar"):
+            payload = pickle.dumps(Payload())
+            raw = {k: v for k, v in sample.items() if k in ("__key__", "png", "txt")}
+            writer.write({**raw, "pyd": payload, "pkl": payload, "pickle": payload, "pth": payload, "pt": payload})
+    common = [f"data.train={tmp_path / 'poisoned'}", "evaluators=none", "trainer.max_steps=2"]
+    assert run(*tiny, *common, f"run_dir={tmp_path / 'r'}") == 0
+    assert not (tmp_path / "executed").exists()
+
+
 def test_an_empty_data_set_is_refused(tiny, tmp_path, capsys):
     import webdataset
 
@@ -253,6 +278,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
     common = [*tiny, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=4"]
     for devices in (1, 2):
