@@ -17,10 +17,11 @@ def prediction_loss(prediction: Prediction) -> Tensor:
     A sum, not a mean, because the mean is over the positions of all ranks.
     """
     hidden, weight, labels = prediction
-    logits = F.linear(hidden, weight).flatten(0, 1)
+    asked = labels != IGNORE_INDEX
+    logits = F.linear(hidden[asked], weight)  # no logits for padding, which can be most of a batch
     # Softmax over a large vocabulary needs float32; float64 is kept for exact tests.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits, labels[asked], reduction="sum")
 
 
 class PredictionLoss:
