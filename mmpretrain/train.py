@@ -75,8 +75,9 @@ def train(config: DictConfig) -> dict[str, float]:
         run.start(config)
         print(f"run folder: {run.folder}", file=sys.stderr)
     trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
-    if stop.interrupted:
+    if trainer.global_step % config.callbacks.checkpoint_every_n_steps:  # else it has just been saved
         trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+    if stop.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}; go on with the same command and "
             f"run_dir={run.folder} resume=auto"
@@ -111,7 +112,8 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation:
     data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
     module: Any = trainer.lightning_module
     final = {**evaluation.metrics, "train/steps": float(trainer.global_step)}
-    final["train/truncated_captions"] = float(sum_over_ranks(torch.tensor(data.collate.truncated.value)))
+    truncated = torch.tensor(data.collate.truncated.value, device=module.device)
+    final["train/truncated_captions"] = float(sum_over_ranks(truncated))
     for name, sizes in data.sizes().items():
         final[f"train/{name}/samples"] = float(sizes.samples)
     state = full_state(module.model) if module.device_mesh is not None else module.model.state_dict()

@@ -83,6 +83,9 @@ class ImageEncoder(nn.Module):
     timm does not know.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         name: str,
@@ -98,7 +101,10 @@ class ImageEncoder(nn.Module):
         self.backbone = _create(name, dict(model_args or {}), pretrained)
         self.pool = pool
         self.width: int = int(self.backbone.head_hidden_size if pool is None else pool.width)  # type: ignore[arg-type]
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        # (x / 255 - mean) / std, folded into one multiplication and addition; not weights, so not saved.
+        scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1), persistent=False)
         if init == "clip":
             for parameter_name in ("cls_token", "pos_embed"):
                 parameter = getattr(self.backbone, parameter_name, None)
@@ -121,10 +127,7 @@ class ImageEncoder(nn.Module):
         """Scale and normalise uint8 (B,C,H,W) pixels; return float pixels as they are."""
         if values.dtype != torch.uint8:
             return values
-        # Two multiplications folded into one pass: (x / 255 - mean) / std.
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=values.device).view(-1, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=values.device)
-        return torch.addcmul(shift.view(-1, 1, 1), values.to(scale.dtype), scale)
+        return torch.addcmul(self.shift, values.to(self.scale.dtype), self.scale)
 
     def _check(self, values: Tensor) -> None:
         if values.ndim != 4:

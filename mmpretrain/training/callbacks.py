@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -169,7 +170,8 @@ class StopOnInterrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Take over Ctrl-C."""
-        self.previous = signal.signal(signal.SIGINT, self._note)
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
+            self.previous = signal.signal(signal.SIGINT, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
