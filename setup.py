@@ -43,7 +43,7 @@ setup(
         "ftfy>=6.1",
         "hydra-core>=1.3.2,<1.4",
         "jinja2>=3.1",
-        "lightning>=2.5,!=2.6.2,!=2.6.3",
+        "lightning>=2.6,!=2.6.2,!=2.6.3",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",

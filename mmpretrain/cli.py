@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message)
     try:
         return commands[arguments[0]](arguments[1:])
-    except InputError as error:
+    except (InputError, OSError) as error:  # an OSError names its file: missing, unreadable, full disk
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
 
 
 def _fail(message: str) -> int:
+    if message.startswith("Caught "):  # a loader's worker sends its traceback; its last line is the message
+        message = message.strip().splitlines()[-1].partition(": ")[2]
     print(f"mmpretrain: error: {message}", file=sys.stderr)
     return 2
 
@@ -91,7 +93,9 @@ def _evaluate(arguments: list[str]) -> int:
         from mmpretrain.evaluate import evaluate
         from mmpretrain.train import show
 
-        show(evaluate(config))
+        metrics = evaluate(config)
+        if not config.json:
+            show(metrics)
 
     return _hydra("evaluate", job, arguments)
 
@@ -115,7 +119,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         sys.argv = original
         try:
             job(config)
-        except (InputError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
+        except (InputError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
             failures.append(error)  # raised below: Hydra would print lines of its own, and end a sweep
 
     # Hydra would print its errors over many lines and exit; raised, they can be said in one.

@@ -6,10 +6,12 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -19,8 +21,12 @@ from mmpretrain.distributed import run_id
 def register_resolvers() -> None:
     """Make `${run_id:}`, `${cpu_count:}` and `${openmoji_root:}` known to OmegaConf."""
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
-    OmegaConf.register_new_resolver("cpu_count", lambda: len(os.sched_getaffinity(0)), replace=True)
+    OmegaConf.register_new_resolver("cpu_count", _cpu_count, replace=True)
     OmegaConf.register_new_resolver("openmoji_root", _openmoji_root, replace=True)
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_id() -> str:
@@ -73,9 +79,10 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 def _keys(config_name: str, arguments: Sequence[str]) -> list[str]:
     """List every key of the config that the group choices among the arguments give."""
     GlobalHydra.instance().clear()
-    with initialize_config_module("mmpretrain.configs", version_base="1.3"):
+    with suppress(HydraException), initialize_config_module("mmpretrain.configs", version_base="1.3"):
         choices = [a for a in arguments if re.fullmatch(r"[a-z_]+=[\w/]+", a) and _is_group(a.split("=")[0])]
         return list(_flat(compose(config_name, overrides=choices)))
+    return []  # a folder of the user's own configs chose a group that only it has
 
 
 def _is_group(name: str) -> bool:

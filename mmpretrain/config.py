@@ -21,12 +21,35 @@ ALLOWED_TARGETS = (
     "mmpretrain.",
     "torch.nn.",
     "torch.optim.",
-    "lightning.",
-    "timm.",
+    "lightning.Trainer",
+    "lightning.pytorch.",
+    "timm.optim.",
     "torchmetrics.",
-    "torchvision.",
+    "torchvision.datasets.",
+    "torchvision.transforms.",
 )
 """Prefixes a `_target_` may have; `allow` arguments (`allow_targets` on the command line) add to them."""
+
+MODEL_TARGETS = (
+    "mmpretrain.encoders.",
+    "mmpretrain.fusion.",
+    "mmpretrain.heads.",
+    "mmpretrain.model.",
+    "mmpretrain.data.preprocess.",
+    "mmpretrain.data.tokenizer.",
+    "torch.nn.modules.",
+)
+"""Where the classes live that a saved model, perhaps a stranger's, may be built of."""
+
+
+def build_saved(config: Any, allow: Sequence[str] = ()) -> Any:
+    """Build a part of a saved model: only classes, only those of `MODEL_TARGETS` and of packages in `allow`."""
+    for path, target in targets(OmegaConf.create(config)):
+        homes = (*MODEL_TARGETS, *_packages(allow))
+        found = check_target(target, path, allow)
+        if not isinstance(found, type) or not _home(found).startswith(homes):
+            raise InputError(f"{path} is {target!r}, which is not allowed in a saved model: it is no part of one")
+    return instantiate(config, allow=allow)
 
 
 def instantiate(config: Any, *args: Any, allow: Sequence[str] = (), **kwargs: Any) -> Any:
@@ -41,9 +64,9 @@ def instantiate(config: Any, *args: Any, allow: Sequence[str] = (), **kwargs: An
     try:
         return hydra_instantiate(container, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
-        cause = _root(error)
-        if isinstance(cause, InputError):
-            raise cause from error
+        for cause in _chain(error):
+            if isinstance(cause, InputError):
+                raise cause from error
         raise InputError(str(error).replace("\n", " ")) from error
 
 
@@ -63,9 +86,9 @@ def targets(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from targets(value, where)
 
 
-def check_target(target: str, path: str, allow: Sequence[str] = ()) -> None:
-    """Raise `InputError` unless `target` names an object that lives under an allowed prefix."""
-    prefixes = (*ALLOWED_TARGETS, *(p if p.endswith(".") else f"{p}." for p in allow))
+def check_target(target: str, path: str, allow: Sequence[str] = ()) -> Any:
+    """Return the object that `target` names; raises `InputError` unless it lives under an allowed prefix."""
+    prefixes = (*ALLOWED_TARGETS, *_packages(allow))
     advice = f"allowed are {', '.join(prefixes)}; add a package of your own with allow_targets=[your_package]"
     if not target.startswith(prefixes):
         raise InputError(f"{path} is {target!r}, which is not allowed: {advice}")
@@ -73,12 +96,20 @@ def check_target(target: str, path: str, allow: Sequence[str] = ()) -> None:
         found = get_object(target)
     except Exception as error:
         raise InputError(f"{path} is {target!r}, which cannot be imported: {error}") from error
-    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    if not home.startswith(prefixes):
-        raise InputError(f"{path} is {target!r}, which is really {home!r} and not allowed: {advice}")
+    if not _home(found).startswith(prefixes) or _home(found).startswith("mmpretrain.config."):
+        raise InputError(f"{path} is {target!r}, which is really {_home(found)!r} and not allowed: {advice}")
+    return found
 
 
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
+def _home(found: Any) -> str:
+    return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+
+
+def _packages(allow: Sequence[str]) -> tuple[str, ...]:
+    return tuple(package if package.endswith(".") else f"{package}." for package in allow)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error

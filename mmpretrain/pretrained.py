@@ -36,21 +36,27 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow: Sequence[s
     not a model's, or weights and config do not belong together (missing and extra keys are listed).
     """
     from omegaconf import OmegaConf
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
-    from mmpretrain.config import instantiate
+    from mmpretrain.config import build_saved
 
     folder = _model_folder(Path(path))
-    config: Any = OmegaConf.load(folder / CONFIG)
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
+    except Exception as error:  # YAML's, OmegaConf's and the codec's errors share no base
+        raise InputError(f"{folder / CONFIG} cannot be read: {_one_line(error)}") from error
+    if not isinstance(config, dict) or not all(isinstance(config.get(part, {}), dict) for part in PARTS):
+        raise InputError(f"{folder / CONFIG} does not describe a model; it was not written by mmpretrain.save")
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise InputError(f"{folder / CONFIG} lacks {', '.join(missing)}; it was not written by mmpretrain.save")
-    if "path" in config.tokenizer:  # files saved beside the weights
-        config.tokenizer.path = str(folder / config.tokenizer.path)
-    model, preprocess, tokenizer = (instantiate(config[part], allow=allow) for part in PARTS)
+    if "path" in config["tokenizer"]:  # files saved beside the weights
+        config["tokenizer"]["path"] = str(folder / Path(config["tokenizer"]["path"]).name)
+    model, preprocess, tokenizer = (build_saved(config[part], allow) for part in PARTS)
     try:
-        load_model(model, folder / WEIGHTS, strict=True, device=str(device))
-    except RuntimeError as error:
+        load_model(model, folder / WEIGHTS, strict=True)
+    except (RuntimeError, AttributeError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {_one_line(error)}") from error
     return Pretrained(model.to(device).eval(), preprocess, tokenizer)
 
@@ -75,6 +81,7 @@ def save(path: str | Path, model: MultimodalModel, config: Mapping[str, Any]) ->
     try:
         parts = OmegaConf.create({part: config[part] for part in PARTS})
         OmegaConf.resolve(parts)
+        _forget_pretrained(parts)
         if "path" in parts.tokenizer:
             source = Path(parts.tokenizer.path)
             source = source / "tokenizer.json" if source.is_dir() else source
@@ -97,6 +104,17 @@ def _model_folder(path: Path) -> Path:
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return folder
     raise InputError(f"{path} is not a model folder (no {WEIGHTS} with {CONFIG}); give runs/<experiment>/latest/model")
+
+
+def _forget_pretrained(config: Any) -> None:
+    """Set every `pretrained` to false: the saved weights are all there is to load."""
+    from omegaconf import OmegaConf
+
+    for key in config:
+        if key == "pretrained":
+            config[key] = False
+        elif OmegaConf.is_dict(config[key]):
+            _forget_pretrained(config[key])
 
 
 def _one_line(error: Exception, limit: int = 600) -> str:

@@ -60,28 +60,35 @@ def _folder(config: DictConfig) -> Path:
 
 
 def _resumed(config: DictConfig) -> Run:
+    named = HydraConfig.initialized() and any(o.startswith("run_dir=") for o in HydraConfig.get().overrides.task)
+    folder = _folder(config)
     if config.resume == "auto":
-        folder = _folder(config)
-        if not folder.exists():
-            folder = folder.parent / "latest"
-    else:
-        given = Path(config.resume)
-        if given.is_file():
-            return Run(given.resolve().parent.parent, str(given.resolve()))
-        folder = given
+        if named and not folder.exists():
+            return Run(folder, None)  # so that one command both starts a run and, requeued, goes on with it
+        return _last(folder if named else folder.parent / "latest", config.resume)
+    given = Path(config.resume)
+    if not given.is_file():
+        return _last(given, config.resume)
+    own = given.resolve().parent.parent if given.resolve().parent.name == "checkpoints" else None
+    return Run(folder if named or own is None else own, str(given.resolve()))
+
+
+def _last(folder: Path, asked: str) -> Run:
     found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(
-            f"resume={config.resume}: {folder} holds no checkpoint; give a run folder or a checkpoint file"
-        )
+        raise InputError(f"resume={asked}: {folder} holds no checkpoint; give a run folder or a checkpoint file")
     return Run(folder.resolve(), str(found[-1].resolve()))
 
 
-def check_checkpoint(path: str | None, module: nn.Module) -> None:
-    """Raise `InputError` listing what differs where a checkpoint file is another model's."""
+def check_checkpoint(path: str | None, module: nn.Module, max_steps: int) -> None:
+    """Raise `InputError` where a checkpoint is another model's (listing what differs) or leaves nothing to do."""
     if path is None or Path(path).is_dir():  # a folder of shards is checked by torch as it is read
         return
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved, step = checkpoint["state_dict"], checkpoint["global_step"]
+    except Exception as error:  # torch raises many types for a file that is no checkpoint
+        raise InputError(f"{path} is no checkpoint of a training run ({type(error).__name__}); give another") from error
     own = module.state_dict()
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     shapes = [k for k in sorted(own.keys() & saved.keys()) if own[k].shape != saved[k].shape]
@@ -94,4 +101,9 @@ def check_checkpoint(path: str | None, module: nn.Module) -> None:
         raise InputError(
             f"checkpoint {path} is of another model: tensors {'; '.join(problems)}; "
             "resume with the config it was made with"
+        )
+    if step >= max_steps:
+        raise InputError(
+            f"checkpoint {path} is at step {step} and training ends at {max_steps}: nothing is left to do; "
+            "raise trainer.max_steps, or evaluate the model"
         )

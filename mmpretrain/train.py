@@ -12,18 +12,20 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain.config import instantiate
 from mmpretrain.data.datamodule import DataModule
-from mmpretrain.distributed import leave, rank, sum_over_ranks
+from mmpretrain.distributed import leave, sum_over_ranks
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation import write_metrics
+from mmpretrain.heads import CaptionHead
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
 from mmpretrain.report import report_run
 from mmpretrain.runs import Run, check_checkpoint, open_run
-from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, StopOnInterrupt
+from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, SaveAtEnd, StopOnInterrupt
 from mmpretrain.training.csv_logger import MetricsCsv
 from mmpretrain.training.fsdp import full_state
 from mmpretrain.training.module import TrainingModule
@@ -50,7 +52,8 @@ def train(config: DictConfig) -> dict[str, float]:
     arguments = dict(resolved["trainer"])
     module = training_module(config, model, arguments.pop("micro_batch_size", None), build)
     run = open_run(config)
-    check_checkpoint(run.checkpoint, module)
+    check_checkpoint(run.checkpoint, module, config.trainer.max_steps)
+    config.run_dir = str(run.folder)  # what loggers and config.yaml see
     data: DataModule = build(config.data.module)
     data.prepare_data()
     data.setup()
@@ -59,9 +62,12 @@ def train(config: DictConfig) -> dict[str, float]:
         build(config.data.preprocess),
         tokenizer,
         config.callbacks.evaluate_every_n_steps,
+        config.callbacks.best.monitor,
     )
+    evaluation.check_data()
     stop = StopOnInterrupt()
-    own = [Metrics(config.callbacks.log_every_n_steps), ProgressLine(), evaluation, stop]
+    metrics = Metrics(config.callbacks.log_every_n_steps)
+    own = [metrics, ProgressLine(), SaveAtEnd(run.checkpoints / "last.ckpt"), evaluation, stop]
     trainer: lightning.Trainer = build(
         arguments,
         callbacks=[*own, *checkpoints(config, run), *build(config.callbacks.extra)],
@@ -75,9 +81,8 @@ def train(config: DictConfig) -> dict[str, float]:
         run.start(config)
         print(f"run folder: {run.folder}", file=sys.stderr)
     trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
-    if trainer.global_step % config.callbacks.checkpoint_every_n_steps:  # else it has just been saved
+    if stop.interrupted and trainer.global_step < trainer.max_steps:
         trainer.save_checkpoint(run.checkpoints / "last.ckpt")
-    if stop.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}; go on with the same command and "
             f"run_dir={run.folder} resume=auto"
@@ -104,6 +109,7 @@ def training_module(
         build(config.scheduler),
         losses["weights"],
         micro_batch_size,
+        config.seed,
     )
 
 
@@ -112,17 +118,19 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation:
     data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
     module: Any = trainer.lightning_module
     final = {**evaluation.metrics, "train/steps": float(trainer.global_step)}
-    truncated = torch.tensor(data.collate.truncated.value, device=module.device)
+    truncated = torch.tensor(data.collate.truncated.value, device=trainer.strategy.root_device)
     final["train/truncated_captions"] = float(sum_over_ranks(truncated))
     for name, sizes in data.sizes().items():
         final[f"train/{name}/samples"] = float(sizes.samples)
-    state = full_state(module.model) if module.device_mesh is not None else module.model.state_dict()
+    state = full_state(module.model) if module.device_mesh is not None else {}
     leave()
     if trainer.is_global_zero:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         parts = {part: resolved[part] for part in ("model", "tokenizer")}
-        model: MultimodalModel = instantiate(config.model, allow=tuple(config.allow_targets))
-        model.load_state_dict(state)
+        model: MultimodalModel = module.model
+        if module.device_mesh is not None:  # sharded: the whole model is built anew
+            model = instantiate(config.model, allow=tuple(config.allow_targets))
+            model.load_state_dict(state)
         save(run.folder / "model", model, {**parts, "preprocess": resolved["data"]["preprocess"]})
         write_metrics(run.folder / "metrics.json", final)
         if config.report:
@@ -165,7 +173,17 @@ def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
     """Raise `InputError` where the text encoder was built for another tokenizer."""
     if "text" not in model.encoders:
         return
+    for name, head in model.heads.items():
+        if isinstance(head, CaptionHead) and len(head.weight) != tokenizer.vocab_size:
+            raise InputError(
+                f"head {name!r} predicts {len(head.weight)} ids, the tokenizer has {tokenizer.vocab_size}; "
+                f"set model.heads.{name}.vocab_size={tokenizer.vocab_size}"
+            )
     encoder = model.encoders["text"]
+    if getattr(encoder, "reads_padding", False) and getattr(tokenizer, "pad", "context_length") != "context_length":
+        raise InputError(
+            "the text encoder reads padding as text; set tokenizer.pad=context_length, or tokenizer=siglip"
+        )
     for attribute in ("vocab_size", "eos_id", "context_length"):
         want, got = getattr(encoder, attribute, None), getattr(tokenizer, attribute)
         if want is not None and want != got:
@@ -177,7 +195,7 @@ def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
 
 def show(metrics: Mapping[str, float]) -> None:
     """Print the metrics that have a chance level as a short table, on rank 0."""
-    if rank() != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return
     from rich.console import Console
     from rich.table import Table

@@ -130,6 +130,12 @@ def test_a_config_cannot_run_code(folder):
         {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(marker)]}]},
         {"_target_": "torch.hub.load", "_args_": ["x"]},
         {"_target_": "torch.nn.modules.module.warnings.sys.exit"},
+        {"_target_": "lightning.fabric.utilities.cloud_io._load", "path_or_url": "x.ckpt", "weights_only": False},
+        {"_target_": "timm.models.load_state_dict", "checkpoint_path": "x.pth", "weights_only": False},
+        {"_target_": "mmpretrain.config.instantiate", "config": "{_target_: os.system}", "allow": ["os", "posix"]},
+        {"_target_": "mmpretrain.pretrained.load", "path": "elsewhere", "allow": ["os"]},
+        {"_target_": "mmpretrain.datasets.openmoji.build", "root": str(marker)},
+        {"_target_": "torchvision.datasets.CIFAR10", "root": "x"},
     ):
         config = OmegaConf.load(folder / "config.yaml")
         config.preprocess = target

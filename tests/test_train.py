@@ -55,7 +55,8 @@ def test_a_run_folder_holds_everything(tiny, tmp_path, capsys):
 @pytest.mark.slow
 def test_resuming_goes_on_with_the_very_next_sample(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = ["callbacks.checkpoint_every_n_steps=2", "evaluators=none"]
+    drop = "model.encoders.image.model_args={img_size:32,depth:1,num_heads:2,patch_drop_rate:0.5}"  # random, too
+    steps = ["callbacks.checkpoint_every_n_steps=2", "evaluators=none", drop, "data.image_size=32"]
     assert run(*tiny, *steps, f"run_dir={whole}") == 0
     # The same run, ended after 4 of its 6 steps by a signal, as Ctrl-C sends it.
     script = (
@@ -178,6 +179,13 @@ WRONG = {
     "accumulation": (["+trainer.accumulate_grad_batches=2"], ["micro_batch_size"]),
     "nothing to resume": (["resume=auto"], ["resume=auto", "no checkpoint"]),
     "best without evaluation": (["callbacks.best.monitor=x"], ["evaluate_every_n_steps"]),
+    "validation data missing": (["data.val=/nowhere/val.tar"], ["/nowhere/val.tar"]),
+    "workers": (["data.num_workers=-1"], ["num_workers is -1"]),
+    "padding that is read": (
+        ["+model.encoders.text.pooling=last", "+model.encoders.text.causal=false"],
+        ["tokenizer.pad=context_length"],
+    ),
+    "resuming a file that is no checkpoint": ([f"resume={__file__}"], ["no checkpoint"]),
     "timm name": (["model.encoders.image.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
 }
 
@@ -211,6 +219,8 @@ def test_a_taken_run_folder_and_a_checkpoint_of_another_model_are_refused(tiny, 
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert run(*tiny, *common) == 2
     assert "already holds a run" in capsys.readouterr().err
+    assert run(*tiny, *common, "resume=auto") == 2
+    assert "nothing is left to do" in capsys.readouterr().err
     assert run(*tiny, *common, "resume=auto", "model.encoders.text.depth=2", "trainer.max_steps=4") == 2
     error = capsys.readouterr().err
     assert "blocks.1" in error and "another model" in error
@@ -295,3 +305,32 @@ def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
         assert two[step]["loss/total"] == pytest.approx(one[step]["loss/total"], rel=2e-5)
     for name, tensor in weights(tmp_path / "1").items():
         torch.testing.assert_close(weights(tmp_path / "2")[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_bad_picture_met_by_a_worker_is_one_line_and_a_new_start_is_possible(tiny, shards, tmp_path, capfd):
+    import webdataset
+
+    from mmpretrain.data.shards import iter_shard
+
+    (tmp_path / "some").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "some" / "00000.tar")) as writer:
+        for i, sample in enumerate(iter_shard(shards / "00000.tar")):
+            writer.write({**sample, "png": sample["png"] if i < 12 else b"\x89PNG not really"})
+    common = [f"data.train={tmp_path / 'some'}", "evaluators=none", "data.num_workers=1", f"run_dir={tmp_path / 'r'}"]
+    assert run(*tiny, *common) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mmpretrain: error")]
+    assert len(lines) == 1 and "00000.tar" in lines[0] and "Traceback" not in lines[0]
+
+
+def test_a_misspelt_metric_to_keep_the_best_by_is_named(tiny, tmp_path, capsys):
+    best = ["callbacks.best.monitor=val/retrieval/text_to_image/recal@1", "callbacks.evaluate_every_n_steps=2"]
+    assert run(*tiny, *best, f"run_dir={tmp_path / 'r'}") == 2
+    assert "text_to_image/recall@1" in capsys.readouterr().err
+
+
+def test_resume_auto_with_a_run_dir_starts_where_there_is_nothing(tiny, tmp_path):
+    once = ["evaluators=none", "resume=auto", f"run_dir={tmp_path / 'r'}", "trainer.max_steps=2"]
+    assert run(*tiny, *once) == 0
+    assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
+    assert run(*tiny, *once[:-1], "trainer.max_steps=4") == 0
+    assert list(rows(tmp_path / "r")) == [1, 2, 3, 4]

@@ -56,7 +56,7 @@ class ShardExamples(Dataset[tuple[str, Example]]):
         try:
             return source, {name: field(sample, generator) for name, field in self.sources[source].fields.items()}
         except InputError as error:
-            raise type(error)(f"{shard.name}: {error}") from error
+            raise InputError(f"{shard.name}: {error}") from error
 
     def _seed(self, source: str, epoch: int, index: int) -> int:
         text = f"{self.seed}/{source}/{epoch}/{index}"
@@ -150,6 +150,8 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         if not sources:
             raise InputError("data has no sources; give data.train, or data.module.sources")
+        if num_workers < 0:
+            raise InputError(f"data.num_workers is {num_workers}; give 0 or more")
         self.sources, self.collate = dict(sources), Collate(tokenizers)
         self.global_batch_size, self.seed = global_batch_size, seed
         self.num_workers, self.prefetch_factor, self.prepare = num_workers, prefetch_factor, prepare

@@ -183,7 +183,13 @@ def _text_rows(table: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
                 return
             reader = csv.DictReader(file, delimiter=delimiter, strict=delimiter == ",")
             _check_columns(table, wanted, reader.fieldnames or ())
-            yield from reader
+            for row in reader:
+                if delimiter == "\t" and any("\n" in value for value in row.values() if isinstance(value, str)):
+                    raise InputError(
+                        f"{table} line {reader.line_num}: a quotation mark opens a cell that swallows further lines; "
+                        "close it, or double it where it is meant as text"
+                    )
+                yield row
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{table} cannot be read: {error}; expected UTF-8 text with one row per line") from error
 

@@ -119,9 +119,17 @@ class ImageEncoder(nn.Module):
         tokens = self.backbone.forward_features(self.normalize(values))
         if self.pool is None:
             pooled = self.backbone.forward_head(tokens, pre_logits=True)
-            return _encoded(pooled, _flatten(tokens))
-        encoded: Encoded = self.pool(_flatten(tokens))
+            return _encoded(pooled, self._flatten(tokens))
+        encoded: Encoded = self.pool(self._flatten(tokens))
         return encoded
+
+    def _flatten(self, tokens: Tensor) -> Tensor:
+        """Turn a map (B,D,H,W), or (B,H,W,D) where timm says so, into tokens (B,H*W,D); leave tokens as they are."""
+        if tokens.ndim != 4:
+            return tokens
+        if getattr(self.backbone, "output_fmt", "") == "NHWC":
+            return tokens.flatten(1, 2)
+        return tokens.flatten(2).transpose(1, 2)
 
     def normalize(self, values: Tensor) -> Tensor:
         """Scale and normalise uint8 (B,C,H,W) pixels; return float pixels as they are."""
@@ -142,6 +150,9 @@ class ImageEncoder(nn.Module):
 
 
 def _create(name: str, model_args: dict[str, Any], pretrained: bool) -> Any:
+    files = [key for key in model_args if key.startswith(("checkpoint", "pretrained"))]
+    if files:  # timm would read weights from a file that may hold code
+        raise InputError(f"model_args has {', '.join(files)}; weights come from pretrained=true or mmpretrain.load")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise InputError(f"timm has no model {name!r}; nearest: {', '.join(close) or 'none'} (see timm.list_models())")
@@ -149,11 +160,6 @@ def _create(name: str, model_args: dict[str, Any], pretrained: bool) -> Any:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **model_args)
     except TypeError as error:
         raise InputError(f"timm model {name!r} refuses model_args {model_args}: {error}") from error
-
-
-def _flatten(tokens: Tensor) -> Tensor:
-    """Turn a convolutional map (B,D,H,W) into tokens (B,H*W,D); leave tokens as they are."""
-    return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
 
 
 def _encoded(pooled: Tensor, tokens: Tensor) -> Encoded:

@@ -62,6 +62,7 @@ class TextEncoder(nn.Module):
             raise InputError(f"eos_id {eos_id} is outside the vocabulary of {vocab_size} ids; give the tokenizer's")
         self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
         self.eos_id, self.causal, self.pooling, self.class_mask = eos_id, causal, pooling, class_mask
+        self.reads_padding = pooling == "last" or class_mask == "legacy"
         self.gradient_checkpointing = gradient_checkpointing
         positions = context_length + (pooling == "class_token")
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -84,6 +85,11 @@ class TextEncoder(nn.Module):
             raise InputError(
                 f"text has shape {tuple(values.shape)} but the encoder was built for (B, up to {self.context_length}); "
                 "set the tokenizer's context_length equal to the text encoder's"
+            )
+        if self.reads_padding and values.shape[1] != self.context_length:
+            raise InputError(
+                f"text has length {values.shape[1]}, but this encoder reads padding as text and needs all "
+                f"{self.context_length} positions; set tokenizer.pad=context_length"
             )
         real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
         x = self._embed(values, 0)

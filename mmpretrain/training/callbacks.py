@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.progress import (
 )
 
 from mmpretrain.distributed import sum_over_ranks, world_size
+from mmpretrain.errors import InputError
 from mmpretrain.evaluation.run import Evaluators, run_evaluators
 from mmpretrain.pretrained import Pretrained
 from mmpretrain.types import Tokenizer
@@ -34,6 +37,8 @@ class Metrics(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"callbacks.log_every_n_steps is {every_n_steps}; give at least 1")
         self.every_n_steps = every_n_steps
         self.since: tuple[float, int] | None = None
         self.latest: dict[str, float] = {}
@@ -137,7 +142,15 @@ class Evaluation(Callback):
     callback finds the metric it keeps the best by.
     """
 
-    def __init__(self, evaluators: Evaluators, preprocess: Any, tokenizer: Tokenizer, every_n_steps: int = 0) -> None:
+    def __init__(
+        self,
+        evaluators: Evaluators,
+        preprocess: Any,
+        tokenizer: Tokenizer,
+        every_n_steps: int = 0,
+        monitor: str | None = None,
+    ) -> None:
+        self.monitor = monitor
         self.evaluators, self.preprocess, self.tokenizer = evaluators, preprocess, tokenizer
         self.every_n_steps = every_n_steps
         self.metrics: dict[str, float] = {}
@@ -150,12 +163,37 @@ class Evaluation(Callback):
             return
         pretrained = Pretrained(module.model, self.preprocess, self.tokenizer)
         self.metrics = {f"val/{name}": value for name, value in run_evaluators(pretrained, self.evaluators).items()}
+        if self.monitor is not None and self.monitor not in self.metrics:
+            close = difflib.get_close_matches(self.monitor, self.metrics, n=3, cutoff=0.3)
+            raise InputError(
+                f"callbacks.best.monitor is {self.monitor!r}; nearest metrics: {', '.join(close) or 'none'}"
+            )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in self.metrics.items() if k.count("/ci_") == 0}, step=step)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Metrics):
                 callback.pause()
+
+    def check_data(self) -> None:
+        """Open every evaluator's data once, so that what is missing is said before training and not after."""
+        for evaluator in self.evaluators.values():
+            if hasattr(evaluator, "data"):
+                evaluator.data(transform=self.preprocess)
+
+
+class SaveAtEnd(Callback):
+    """Save a checkpoint at the last step, before anything is evaluated: what fails later costs no training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Save where this is the last step."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path)
 
 
 class StopOnInterrupt(Callback):

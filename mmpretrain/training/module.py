@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.distributed import rank
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
 from mmpretrain.training.cpu import keep_freed_memory, use_plain_attention
@@ -27,7 +29,8 @@ class TrainingModule(lightning.LightningModule):
     `optimizer`: parameter groups -> optimizer; `groups`: (model, weight_decay) -> parameter groups.
     `scheduler`: optimizer -> scheduler, stepped once for each optimizer step. After each step the logit scale is
     clamped to [1, 100] (Radford et al. 2021, section 2.5), never inside the forward pass. `micro_batch_size` bounds
-    the rows whose activations are held at once, without changing any gradient.
+    the rows whose activations are held at once, without changing any gradient. `seed` decides, with
+    step and rank, what patch dropout draws.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TrainingModule(lightning.LightningModule):
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         weights: Mapping[str, float] | None = None,
         micro_batch_size: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.model, self.losses, self.weights = model, dict(losses), dict(weights or {})
@@ -58,7 +62,11 @@ class TrainingModule(lightning.LightningModule):
             raise InputError(
                 f"trainer.micro_batch_size is {micro_batch_size}; give at least 1, or null for the whole batch"
             )
-        self.micro_batch_size = micro_batch_size
+        if micro_batch_size is not None and any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+        ):
+            raise InputError("batch norm would see each micro-batch alone; set trainer.micro_batch_size=null")
+        self.micro_batch_size, self.seed = micro_batch_size, seed
         self.history: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Outputs:
@@ -70,6 +78,9 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batches: dict[str, Batch], batch_index: int) -> Tensor:
         """Sum the weighted losses of every source."""
+        # Patch dropout draws from it: the same after a resume, another one on each rank.
+        digest = hashlib.blake2b(f"{self.seed}/{self.global_step}/{rank()}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
         total = torch.zeros((), device=self.device)
         self.history = {}
         for batch in batches.values():

@@ -123,6 +123,16 @@ def test_wrong_names_sizes_and_arguments_say_what_to_change():
         encoder(pixels()[0])
 
 
+def test_channels_last_maps_become_tokens_of_the_right_width():
+    encoder = ImageEncoder("swin_tiny_patch4_window7_224", {"img_size": 56}).eval()
+    assert encoder(pixels(56)).tokens.shape == (2, 4, 768)
+
+
+def test_model_args_cannot_name_files_of_weights():
+    with pytest.raises(InputError, match="checkpoint_path"):
+        ImageEncoder("resnet18", {"checkpoint_path": "x.pth"})
+
+
 def test_timm_default_head_width_matches_for_every_pooling():
     for pooling in ("token", "avg", "map"):
         model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **{**VIT, "global_pool": pooling})

@@ -47,7 +47,11 @@ def test_padding_changes_nothing_wherever_we_trim_it(options, length, seed):
 def test_last_pooling_sees_padding_which_is_why_its_text_is_never_trimmed():
     model = encoder(causal=False, pooling="last")
     ids, _ = text(5, 10)
-    assert (model(ids).pooled - model(ids[:, :5]).pooled).abs().max() > 1e-3
+    other = ids.clone()
+    other[:, 7] = 3
+    assert (model(ids).pooled - model(other).pooled).abs().max() > 1e-3
+    with pytest.raises(InputError, match="pad=context_length"):
+        model(ids[:, :5])
     torch.testing.assert_close(model(ids).pooled, model(ids).tokens[:, -1])
 
 
