@@ -29,6 +29,7 @@ UNTURN = {
     8: Image.Transpose.ROTATE_90,
 }
 CROP_TRIES = 10
+MAX_STRETCH = 40  # longest side of a scaled picture, in multiples of the crop, that is scaled whole
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -98,24 +99,24 @@ class Preprocess:
         if self.resize == "squash":
             return _pixels(image.resize(size, Image.Resampling.BICUBIC)).contiguous()
         if self.resize == "crop":
-            box = self._crop_box(*image.size)
-            return _pixels(image.resize(size, Image.Resampling.BICUBIC, box=box)).contiguous()
+            return _pixels(self._crop(image)).contiguous()
         return _pixels(self._pad(image)).contiguous()
 
-    def _crop_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The part of the source that the centre crop of the resized picture would show.
-
-        Resizing only this part gives the same pixels, without the memory a long thin picture would need.
-        """
-        size = self.image_size
-        short = min(width, height)
-        scaled = [size if side == short else int(size * side / short) for side in (width, height)]
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """Scale the shortest side to S, then cut out the centre; both round as torchvision does."""
+        size, short = self.image_size, min(image.size)
+        scaled = [size if side == short else int(size * side / short) for side in image.size]
+        left, top = (round((new - size) / 2) for new in scaled)
+        if max(scaled) <= MAX_STRETCH * size:
+            whole = image.resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+            return whole.crop((left, top, left + size, top + size))
+        # A long thin picture scaled whole could need any amount of memory. Only the part that is kept is scaled, whose
+        # pixels differ a little from those of the whole.
         box = []
-        for side, new in zip((width, height), scaled):
-            start = round((new - size) / 2)  # both round half to even, as torchvision's centre crop does
+        for start, side, new in zip((left, top), image.size, scaled, strict=True):
             box.append((start * side / new, min((start + size) * side / new, float(side))))
-        (left, right), (top, bottom) = box
-        return left, top, right, bottom
+        (x0, x1), (y0, y1) = box
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
 
     def _pad(self, image: Image.Image) -> Image.Image:
         ratio = max(image.size) / self.image_size
