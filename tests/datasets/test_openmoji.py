@@ -234,7 +234,11 @@ openmoji.build(sys.argv[1], limit=int(sys.argv[2]))
 
 def _start(root: Path, limit: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(root), str(limit)], stderr=subprocess.DEVNULL, process_group=0
+        [sys.executable, "-c", _SCRIPT, str(root), str(limit)],
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+        # A shell's background jobs ignore Ctrl-C, and so would what this test starts from one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
