@@ -1,9 +1,9 @@
-"""A training step of the demo's size on a CPU: plain against fused attention, and freed memory kept or given back.
+"""A training step of the demo's size on a CPU: plain against fused attention.
 
     python -m benchmarks.cpu_step [--rounds 5] [--threads 2]
 
-Each setting runs in a process of its own (malloc's settings cannot be taken back), in turn; before that the losses of
-all settings are compared, and the run is refused where they differ by more than bfloat16 rounding.
+Each setting runs in a process of its own, in turn; in each round the losses of
+both are compared, and the run is refused where they differ by more than bfloat16 rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-SETTINGS = ("fused", "plain", "plain+memory")
+SETTINGS = ("fused", "plain")
 
 
 def steps(setting: str, threads: int, count: int) -> None:
@@ -24,7 +24,7 @@ def steps(setting: str, threads: int, count: int) -> None:
     import torch
 
     from mmpretrain import ContrastiveLoss, ImageEncoder, MultimodalModel, Padded, TextEncoder
-    from mmpretrain.training.cpu import keep_freed_memory, use_plain_attention
+    from mmpretrain.training.cpu import use_plain_attention
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -32,8 +32,6 @@ def steps(setting: str, threads: int, count: int) -> None:
     model = MultimodalModel(192, {"image": image, "text": TextEncoder(49408, 77, 192, 3, 3, 49407)})
     if setting != "fused":
         use_plain_attention(model)
-    if setting == "plain+memory":
-        keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(0, 49406, (256, 16))
     ids[:, -1] = 49407

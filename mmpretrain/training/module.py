@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmpretrain.distributed import rank
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
-from mmpretrain.training.cpu import keep_freed_memory, use_plain_attention
+from mmpretrain.training.cpu import use_plain_attention
 from mmpretrain.training.fsdp import shard
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Loss, Outputs
@@ -105,7 +105,6 @@ class TrainingModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Prepare for the device."""
         if self.device.type == "cpu":
-            keep_freed_memory()
             use_plain_attention(self.model)
 
     def configure_optimizers(self) -> Any:
