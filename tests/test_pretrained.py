@@ -161,14 +161,13 @@ def test_a_failed_save_leaves_the_old_model(folder, monkeypatch):
 
 
 def test_import_is_light_and_the_public_list_is_real():
+    # Time itself is not asserted: what would cost it is.
     code = (
-        "import json, sys, time, torch; t = time.perf_counter(); import mmpretrain;"
-        "heavy = [m for m in ('lightning', 'hydra', 'webdataset', 'timm') if m in sys.modules];"
-        "print(json.dumps([time.perf_counter() - t, heavy]))"
+        "import json, sys, torch; before = set(sys.modules); import mmpretrain;"
+        "print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
     )
-    seconds, loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-    assert loaded == []
-    assert seconds < 0.3
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert loaded == ["mmpretrain"]
     for name in mmpretrain.__all__:
         assert getattr(mmpretrain, name) is not None
     assert set(mmpretrain.__all__) <= set(dir(mmpretrain))
