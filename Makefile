@@ -14,7 +14,7 @@ check:  ## format, lint and type checks; changes nothing
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-test:  ## every test
+test:  ## every test but those that train small models
 	$(PYTHON) -m pytest
 
 learning:  ## only the tests that train a small model and check that it learned

@@ -13,6 +13,7 @@ TEST = [
     "open_clip_torch>=3.2",
     "pyarrow>=15",
     "pytest>=8",
+    "s3fs>=2024.2",
     "pytest-timeout>=2.3",
     "scikit-learn>=1.4",
     "tensorboard>=2.16",
@@ -70,7 +71,7 @@ setup(
         "mlflow": ["mlflow-skinny>=2.14"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "bench": ["open_clip_torch>=3.2"],
-        "dev": [*TEST, *DOCS, *DEV, "s3fs>=2024.2"],
+        "dev": [*TEST, *DOCS, *DEV],
     },
     entry_points={"console_scripts": ["mmpretrain=mmpretrain.cli:main"]},
     classifiers=[

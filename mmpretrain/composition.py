@@ -72,7 +72,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     if not close:  # the right leaf in the wrong place
         leaf = key.rsplit(".", 1)[-1]
-        close = [k for k in known if k.rsplit(".", 1)[-1] in difflib.get_close_matches(leaf, [leaf], n=1)][:3]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
