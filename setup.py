@@ -58,6 +58,7 @@ setup(
         "torchmetrics>=1.4",
         "torchvision>=0.25",
         "webdataset>=1.0",
+        "xxhash>=3.4",
     ],
     extras_require={
         "demo": DEMO,

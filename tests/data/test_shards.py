@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmpretrain.data import index as tar_index
-from mmpretrain.data.shards import Shard, expand, fetch, iter_shard
+from mmpretrain.data.cache import fetch
+from mmpretrain.data.shards import Shard, expand, iter_shard
 from mmpretrain.data.tar import DamageError, walk
 from mmpretrain.errors import InputError
 
