@@ -10,13 +10,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmpretrain.errors import InputError
+from mmpretrain.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_PREEMPTED,
+    EXIT_STOPPED,
+    InputError,
+    LimitReached,
+    Preempted,
+    RunFailed,
+)
 
 USAGE = """usage: mmpretrain COMMAND ...
 
   mmpretrain train [key=value ...]                        train (without arguments: a demo of a few minutes)
   mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate a saved model zero-shot
-  mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
+  mmpretrain shards write SOURCE OUT | list PATH | check PATH...    make shards, or see what is in them
+  mmpretrain reproduce RUN                                run a run again and compare
+  mmpretrain diff RUN1 RUN2                               what differs between two runs
 
 `mmpretrain COMMAND --help` says more."""
 
@@ -33,12 +45,14 @@ HARMLESS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Run one command; returns the exit status (see `mmpretrain.errors`), 130 where Ctrl-C had nothing to save."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "evaluate": _evaluate,
         "shards": _shards,
+        "reproduce": _reproduce,
+        "diff": _diff,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -58,15 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except (InputError, OSError) as error:  # an OSError names its file: missing, unreadable, full disk
         return _fail(str(error))
+    except Preempted as stop:
+        return _fail(str(stop), EXIT_PREEMPTED)
+    except LimitReached as stop:
+        return _fail(str(stop), EXIT_STOPPED)
+    except RunFailed as failure:
+        return _fail(str(failure), EXIT_FAILED)
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = EXIT_INPUT) -> int:
     if message.startswith("Caught "):  # a loader's worker sends its traceback; its last line is the message
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    print(f"mmpretrain: error: {message}", file=sys.stderr)
-    return 2
+    kind = "" if status == EXIT_PREEMPTED else "error: "
+    print(f"mmpretrain: {kind}{message}", file=sys.stderr)
+    return status
 
 
 def _shards(arguments: list[str]) -> int:
@@ -75,15 +96,23 @@ def _shards(arguments: list[str]) -> int:
     return shards(arguments)
 
 
+def _reproduce(arguments: list[str]) -> int:
+    from mmpretrain.reproduce import main as reproduce
+
+    return reproduce(arguments)
+
+
+def _diff(arguments: list[str]) -> int:
+    from mmpretrain.diff import main as diff
+
+    return diff(arguments)
+
+
 def _train(arguments: list[str]) -> int:
     def job(config: Any) -> None:
-        from mmpretrain.train import Interrupted, show, train
+        from mmpretrain.train import show, train
 
-        try:
-            show(train(config))
-        except Interrupted as stop:
-            print(f"mmpretrain: {stop}", file=sys.stderr)
-            raise KeyboardInterrupt from stop
+        show(train(config))
 
     return _hydra("train", job, arguments)
 
@@ -107,6 +136,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
 
     from mmpretrain.composition import explain, register_resolvers
 
+    composition = (HydraException, OmegaConfBaseException)
     register_resolvers()
     original = list(sys.argv)
     failures: list[BaseException] = []
@@ -119,7 +149,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         sys.argv = original
         try:
             job(config)
-        except (InputError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
+        except (InputError, Preempted, LimitReached, RunFailed, OSError, KeyboardInterrupt, *composition) as error:
             failures.append(error)  # raised below: Hydra would print lines of its own, and end a sweep
 
     # Hydra would print its errors over many lines and exit; raised, they can be said in one.
@@ -129,7 +159,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
         run()
         if failures:
             raise failures[0]
-    except (HydraException, OmegaConfBaseException) as error:
+    except composition as error:
         if traceback_wanted:
             raise
         raise InputError(explain(error, name, arguments)) from error
@@ -139,7 +169,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
             os.environ.pop("MMPRETRAIN_RUN_ID", None)  # made for this run and its further ranks
         if not traceback_wanted:
             del os.environ["HYDRA_FULL_ERROR"]
-    return 0
+    return EXIT_DONE
 
 
 def shell_friendly(arguments: Sequence[str]) -> list[str]:

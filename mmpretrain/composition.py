@@ -1,4 +1,5 @@
-"""What we add to Hydra's composition: resolvers for the configs, and errors in one line with the nearest keys."""
+"""What we add to Hydra's composition: resolvers, errors in one line with the nearest keys, and what only the command
+line may say."""
 
 from __future__ import annotations
 
@@ -7,15 +8,27 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_module, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from mmpretrain.distributed import run_id
+from mmpretrain.errors import InputError
+from mmpretrain.yaml_files import check_yaml
+
+CONFIGS = "pkg://mmpretrain.configs"
+COMMAND_LINE_ONLY = ("callbacks", "hydra_logging", "job.env_set", "job_logging", "launcher", "sweeper")
+"""Keys of `hydra` that run code of their own: Hydra reads them before we see the config."""
 
 
 def register_resolvers() -> None:
@@ -38,6 +51,105 @@ def _openmoji_root() -> str:
     from mmpretrain.datasets.openmoji import default_root
 
     return str(default_root())
+
+
+def check_given(config_name: str, arguments: Sequence[str]) -> None:
+    """Raise `InputError` where config files of the user's own say what only the command line may.
+
+    Such files may be a stranger's. They may not extend `allow_targets`, nor change the parts of Hydra that call any
+    function (`COMMAND_LINE_ONLY`), unless an argument names the same key.
+    """
+    parsed = get_args_parser().parse_args(list(arguments))
+    if parsed.experimental_rerun:
+        raise InputError("--experimental-rerun reads a pickle, which can run code; give the run's arguments again")
+    own = (parsed.config_dir, parsed.config_path, parsed.config_name)
+    if not any(own) and not any("hydra.searchpath" in argument for argument in parsed.overrides):
+        return
+    for file in _own_files(parsed.config_dir, parsed.config_path, parsed.overrides):
+        check_yaml(file)
+    usual = [_compose(CONFIGS, None, name, []) for name in (config_name, None)]
+    main = CONFIGS if parsed.config_path is None else _address(parsed.config_path)
+    for overrides in _each_choice(main, parsed.config_dir, parsed.overrides):
+        found = _compose(main, parsed.config_dir, parsed.config_name or config_name, overrides)
+        if found.get("allow_targets") and not _names("allow_targets", parsed.overrides):
+            raise InputError(
+                f"a config file sets allow_targets={list(found.allow_targets)}; only the command line may: "
+                "if you trust the file, give allow_targets=[...] there"
+            )
+        for key in COMMAND_LINE_ONLY:
+            if _raw(found, key) not in [_raw(config, key) for config in usual] and not _names(key, parsed.overrides):
+                raise InputError(
+                    f"a config file changes hydra.{key}, through which it can run code; only the command line may: "
+                    f"if you trust the file, give hydra.{key}... or hydra/{key}=... there"
+                )
+
+
+def _own_files(config_dir: str | None, config_path: str | None, overrides: Sequence[str]) -> Iterator[Path]:
+    searched = re.findall(r"file://([^,\]'\"]+)", " ".join(o for o in overrides if "hydra.searchpath" in o))
+    for folder in filter(None, (config_dir, config_path, *searched)):
+        for pattern in ("*.yaml", "*.yml"):
+            yield from Path(folder.removeprefix("file://")).rglob(pattern)
+
+
+def _address(folder: str) -> str:
+    return folder if "://" in folder else f"file://{Path(folder).resolve()}"
+
+
+def _compose(main: str, folder: str | None, config_name: str | None, overrides: Sequence[str]) -> Any:
+    try:
+        _loader(main, folder)
+        return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _loader(main: str, folder: str | None) -> ConfigLoader:
+    """Make Hydra look for configs where its command line would."""
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    search_path = create_config_search_path(main)
+    if folder is not None:
+        search_path.prepend("command-line", _address(folder))
+    return Hydra.create_main_hydra2("mmpretrain", search_path).config_loader
+
+
+def _each_choice(main: str, folder: str | None, arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the arguments without sweeps: each choice of a swept group once, the first of all other values.
+
+    What an argument sets inside `hydra` is the user's word and left out, but for where configs are looked for.
+    """
+    loader = _loader(main, folder)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    kept = [o for o in parsed if not o.key_or_group.startswith("hydra.") or o.key_or_group == "hydra.searchpath"]
+    choices = [_values(override) for override in kept]
+    groups = [bool(loader.get_group_options(override.key_or_group)) for override in kept]
+    GlobalHydra.instance().clear()
+    first = [values[0] for values in choices]
+    yield first
+    for i, values in enumerate(choices):
+        for value in values[1:] if groups[i] else []:
+            yield [*first[:i], value, *first[i + 1 :]]
+
+
+def _values(override: Override) -> list[str]:
+    line = str(override.input_line)
+    if not override.is_sweep_override():
+        return [line]
+    return [f"{line.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+
+
+def _names(key: str, arguments: Sequence[str]) -> bool:
+    """Whether an argument sets the key, a part of it, or chooses it as a group of Hydra's."""
+    path = key if key == "allow_targets" else f"hydra.{key}"
+    names = [argument.partition("=")[0].lstrip("+~").replace("/", ".") for argument in arguments]
+    return any(name == path or name.startswith(f"{path}.") for name in names)
+
+
+def _raw(config: Any, key: str) -> Any:
+    found: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else found
+    return found
 
 
 def explain(error: BaseException, config_name: str, arguments: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ gradients that all ranks computed for a row, and averaging then gives the gradie
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any
@@ -88,6 +89,34 @@ def gather_uneven(x: Tensor) -> Tensor:
     return torch.cat([block[: int(size)] for block, size in zip(blocks, sizes, strict=True)])
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Collect a JSON-able value of each rank, in rank order; what comes back went through JSON (tuples are lists).
+
+    JSON and not pickle, so that nothing another process sends can run code. Raises TypeError for what JSON has not.
+    """
+    text = json.dumps(value).encode()
+    if not is_distributed():
+        return [json.loads(text)]
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(_device())
+    sizes = gather_uneven(torch.tensor([len(data)], device=data.device)).tolist()
+    parts = torch.split(gather_uneven(data).cpu(), sizes)
+    return [json.loads(part.numpy().tobytes()) for part in parts]
+
+
+def _device() -> torch.device:
+    # NCCL moves only what lies on the GPU; every other backend takes CPU tensors.
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def any_rank(flag: bool) -> bool:
+    """Say whether the flag is up on any rank; every rank waits for the answer."""
+    if not is_distributed():
+        return flag
+    vote = torch.tensor([int(flag)], device=_device())
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum a tensor of the same shape over ranks, without gradient."""
     x = x.detach().clone()
@@ -111,6 +140,52 @@ def rotate(*tensors: Tensor) -> list[Tensor]:
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     return received
+
+
+class Agreement:
+    """A flag that any rank may raise and that all ranks learn at the same step, without waiting for the device.
+
+    Each call of `at_step` starts a vote in the background and answers with the vote of the call before, which every
+    rank has long cast. So all ranks stop one step after the first of them wanted to. The votes travel as CPU tensors
+    on a gloo group of their own; with one process the answer is immediate. All ranks make, ask and close it together.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._vote = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+
+    def at_step(self, flag: bool) -> bool:
+        """Vote at a step boundary; returns whether any rank's flag was up at the last boundary."""
+        if self._group is None:
+            return flag
+        agreed = self._answer()
+        if not agreed:
+            self._vote.fill_(int(flag))
+            self._work = dist.all_reduce(self._vote, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def now(self, flag: bool) -> bool:
+        """Vote and wait for all ranks: whether any rank's flag is up, or was at the last boundary."""
+        if self._group is None:
+            return flag
+        flag = self._answer() or flag
+        self.at_step(flag)
+        return self._answer()
+
+    def close(self) -> None:
+        """Wait for the last vote and give its connections back."""
+        if self._group is not None:
+            self._answer()
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _answer(self) -> bool:
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._vote.item())
 
 
 def run_id() -> str:

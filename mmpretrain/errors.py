@@ -27,3 +27,7 @@ class Preempted(Exception):
 
 class LimitReached(Exception):
     """A run ended itself because a limit of its config was passed; the message says which (exit status 77)."""
+
+
+class RunFailed(Exception):
+    """Something outside of the program ended the run, a killed worker say; the message says what (exit status 1)."""

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
+from mmpretrain.training.checkpoint import newest, shapes
+from mmpretrain.training.folder import checkpoints, step_of
+from mmpretrain.training.manifest import MANIFEST, verify
+
+_locks: dict[Path, IO[str]] = {}
 
 
 class Run(NamedTuple):
-    """A run folder, and the checkpoint to go on from (None = from the start)."""
+    """A run folder, the checkpoint to go on from (None = from the start), and the step that is of."""
 
     folder: Path
     checkpoint: str | None
+    step: int = 0
 
     @property
     def checkpoints(self) -> Path:
         """Where its checkpoints lie."""
         return self.folder / "checkpoints"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end: its metrics are written last."""
+        return (self.folder / "metrics.json").exists()
+
     def start(self, config: DictConfig) -> None:
-        """Make the folder, write the resolved config, and point `latest` at it."""
+        """Make the folder, write the resolved config, and point `latest` at it; for rank 0.
+
+        Raises `InputError` where another process is writing to it. The lock is the system's and ends with the process.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
         link = self.folder.parent / "latest"
         if link.is_symlink() or not link.exists():
@@ -37,20 +53,47 @@ class Run(NamedTuple):
             temporary.symlink_to(self.folder.name, target_is_directory=True)
             temporary.replace(link)
 
+    def end(self) -> None:
+        """Let other processes write to the folder."""
+        if self.folder in _locks:
+            _locks.pop(self.folder).close()
+
+    def _lock(self) -> None:
+        if self.folder in _locks:  # opening the file again and closing it would end the lock
+            return
+        file = (self.checkpoints / ".lock").open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(
+                f"run_dir {self.folder} is in use by another process; wait for its end, or give another run_dir"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            _say(f"run_dir {self.folder} cannot be locked ({error.strerror}); see that no other process writes to it")
+        _locks[self.folder] = file
+
 
 def open_run(config: DictConfig) -> Run:
-    """Find the folder a run writes to; raises `InputError` where it is taken, or there is nothing to resume."""
+    """Find the folder a run writes to, and the checkpoint it goes on from.
+
+    Every rank reads the same files before any rank writes, so all come to the same answer. Raises `InputError` where
+    the folder is taken, or there is nothing to resume.
+    """
     if config.resume is not None:
         return _resumed(config)
     folder = _folder(config)
     taken = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
-    if (
-        taken and getattr(rank_zero_only, "rank", 0) == 0
-    ):  # further ranks start later, when the first has made the folder
+    if taken and rank_zero():  # further ranks start later, when the first has made the folder
         raise InputError(
             f"run_dir {folder} already holds a run; give another run_dir, or resume=auto to go on with that one"
         )
     return Run(folder, None)
+
+
+def rank_zero() -> bool:
+    """Say whether this process is rank 0, before there is a process group."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _folder(config: DictConfig) -> Path:
@@ -63,47 +106,72 @@ def _resumed(config: DictConfig) -> Run:
     named = HydraConfig.initialized() and any(o.startswith("run_dir=") for o in HydraConfig.get().overrides.task)
     folder = _folder(config)
     if config.resume == "auto":
-        if named and not folder.exists():
-            return Run(folder, None)  # so that one command both starts a run and, requeued, goes on with it
-        return _last(folder if named else folder.parent / "latest", config.resume)
-    given = Path(config.resume)
-    if not given.is_file():
-        return _last(given, config.resume)
-    own = given.resolve().parent.parent if given.resolve().parent.name == "checkpoints" else None
-    return Run(folder if named or own is None else own, str(given.resolve()))
+        wanted = folder if named else (folder.parent / "latest").resolve()
+        if not wanted.is_dir():
+            _say(f"resume=auto: no run at {wanted}; starting one")
+            return Run(folder, None)
+        return _last(wanted)
+    given = Path(config.resume).resolve()  # `latest` and `best` are links
+    if (given / "checkpoints").is_dir():
+        found = _last(given)
+    elif (given / MANIFEST).is_file():
+        found = Run(given.parents[1] if given.parent.name == "checkpoints" else folder, str(given), verify(given).step)
+    else:
+        what = "no run and no checkpoint" if given.exists() else "there is no such path"
+        raise InputError(
+            f"resume={config.resume}: {what}; give auto, a run folder, or a checkpoint in it (RUN/checkpoints/step_...)"
+        )
+    if found.checkpoint is None:
+        raise InputError(f"resume={config.resume}: the run holds no checkpoint yet; give resume=auto to start it again")
+    return found._replace(folder=folder) if named else found
 
 
-def _last(folder: Path, asked: str) -> Run:
-    found = sorted((folder / "checkpoints").glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(f"resume={asked}: {folder} holds no checkpoint; give a run folder or a checkpoint file")
-    return Run(folder.resolve(), str(found[-1].resolve()))
+def _last(folder: Path) -> Run:
+    """Go on with a run: from its newest sound checkpoint, or from the start where it was ended before its first."""
+    found = newest(folder / "checkpoints")
+    for line in found.refused:
+        _say(f"refused: {line}")
+    if found.path is not None:
+        return Run(folder, str(found.path), step_of(found.path))
+    if checkpoints(folder / "checkpoints"):
+        raise InputError(
+            f"resume: no checkpoint of {folder} is sound: {'; '.join(found.refused) or 'none was verified'}; give "
+            "another run_dir to start anew"
+        )
+    if (folder / "checkpoints").is_dir():
+        _say(f"resume=auto: {folder} holds no checkpoint yet; starting at step 0")
+    return Run(folder, None)
 
 
-def check_checkpoint(path: str | None, module: nn.Module, max_steps: int) -> None:
-    """Raise `InputError` where a checkpoint is another model's (listing what differs) or leaves nothing to do."""
-    if path is None or Path(path).is_dir():  # a folder of shards is checked by torch as it is read
+def check_checkpoint(run: Run, module: nn.Module, max_steps: int) -> None:
+    """Raise `InputError` where a checkpoint is another model's (listing what differs) or leaves nothing to do.
+
+    Only the headers of its files are read. A checkpoint at `max_steps` of a run that did not finish is fine: its
+    evaluation is left to do.
+    """
+    if run.checkpoint is None:
         return
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved, step = checkpoint["state_dict"], checkpoint["global_step"]
-    except Exception as error:  # torch raises many types for a file that is no checkpoint
-        raise InputError(f"{path} is no checkpoint of a training run ({type(error).__name__}); give another") from error
-    own = module.state_dict()
+    saved = shapes(Path(run.checkpoint))
+    own = {name: tensor.shape for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    shapes = [k for k in sorted(own.keys() & saved.keys()) if own[k].shape != saved[k].shape]
+    other = [name for name in sorted(own.keys() & saved.keys()) if own[name] != saved[name]]
     problems = [
         f"{name} {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for name, keys in (("missing", missing), ("extra", extra), ("of another shape", shapes))
+        for name, keys in (("missing", missing), ("extra", extra), ("of another shape", other))
         if keys
     ]
     if problems:
         raise InputError(
-            f"checkpoint {path} is of another model: tensors {'; '.join(problems)}; "
+            f"checkpoint {run.checkpoint} is of another model: tensors {'; '.join(problems)}; "
             "resume with the config it was made with"
         )
-    if step >= max_steps:
+    if run.step > max_steps or (run.step == max_steps and run.finished):
         raise InputError(
-            f"checkpoint {path} is at step {step} and training ends at {max_steps}: nothing is left to do; "
-            "raise trainer.max_steps, or evaluate the model"
+            f"checkpoint {run.checkpoint} is at step {run.step} and training ends at {max_steps}: nothing is left to "
+            "do; raise trainer.max_steps, or evaluate the model"
         )
+
+
+def _say(line: str) -> None:
+    if rank_zero():
+        print(line, file=sys.stderr)

@@ -1,5 +1,4 @@
-"""`mmpretrain shards write` and `mmpretrain shards list`: make shards from pictures and captions, look into
-them."""
+"""`mmpretrain shards`: make shards from pictures and captions, look into them; `shards_check` holds the rest."""
 
 from __future__ import annotations
 
@@ -19,25 +18,29 @@ from mmpretrain.data.shards import Shard, expand
 from mmpretrain.data.sources import TABLES, Item, list_classes, list_folder, list_table
 from mmpretrain.data.write import Written, write_shards
 from mmpretrain.errors import InputError
+from mmpretrain.shards_check import add_parsers, check, human_bytes, index
 
 _SHOWN = 5  # captions that `list` prints
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `mmpretrain shards ARGV` and return the exit status: 0, or 2 after one line on wrong input."""
+    """Run `mmpretrain shards ARGV` and return the exit status: 0, 1 where a check finds faults, 2 on wrong input."""
     args = _parser().parse_args(argv)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "write": _write,
+        "list": _list,
+        "check": check,
+        "index": index,
+    }
     try:
-        if args.command == "write":
-            _write(args)
-        else:
-            _list(args.path, args.json)
+        return commands[args.command](args)
     except InputError as error:
         print(f"mmpretrain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; finished shards are kept, run the same command again to go on", file=sys.stderr)
+        kept = "; finished shards are kept, run the same command again to go on" if args.command == "write" else ""
+        print(f"stopped{kept}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,10 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("list", help="print shards, samples, fields, sizes and a few captions")
     show.add_argument("path", metavar="PATH", help="a shard, a pattern such as 'data/{000..009}.tar', or a folder")
     show.add_argument("--json", action="store_true", help="print one JSON object")
+    add_parsers(commands)
     return parser
 
 
-def _write(args: argparse.Namespace) -> None:
+def _write(args: argparse.Namespace) -> int:
     items, options, classes = _items(args)
     with _progress(len(items), args.samples_per_shard) as progress:
         written = write_shards(
@@ -98,6 +102,7 @@ def _write(args: argparse.Namespace) -> None:
         except OSError as error:
             raise InputError(f"{args.out / 'classes.json'} cannot be written: {error.strerror}") from error
     _print_summary(args.out, args.prefix, written)
+    return 0
 
 
 def _items(args: argparse.Namespace) -> tuple[list[Item], dict[str, Any], list[str] | None]:
@@ -153,10 +158,10 @@ def _override(shards: str) -> str:
     return shlex.quote(override) if set(override) & set('"$`\\!') else f'"{override}"'
 
 
-def _list(path: str, as_json: bool) -> None:
+def _list(args: argparse.Namespace) -> int:
     counts: dict[str, int] = {}
     fields, sizes, captions = Counter[str](), Counter[str](), list[dict[str, str]]()
-    for name in expand(path):
+    for name in expand(args.path):
         shard = Shard(name)
         counts[name] = len(shard)
         for i, key in enumerate(shard.keys):
@@ -171,16 +176,17 @@ def _list(path: str, as_json: bool) -> None:
         "fields": {name: {"samples": fields[name], "bytes": sizes[name]} for name in sorted(fields)},
         "captions": captions,
     }
-    if as_json:
+    if args.json:
         print(json.dumps(about, ensure_ascii=False))
-        return
+        return 0
     for name, count in counts.items():
         print(f"{name}: {count} samples")
     print(f"{about['samples']} samples in {len(counts)} shard{'s' * (len(counts) != 1)}")
     for name in sorted(fields):
-        print(f"  {name}: {fields[name]} samples, {_bytes(sizes[name])}")
+        print(f"  {name}: {fields[name]} samples, {human_bytes(sizes[name])}")
     for caption in captions:
         print(f"  {caption['key']}: {caption['text']}")
+    return 0
 
 
 def _captions(key: str, sample: dict[str, bytes]) -> list[dict[str, str]]:
@@ -192,11 +198,3 @@ def _captions(key: str, sample: dict[str, bytes]) -> list[dict[str, str]]:
             text = "".join(c if c.isprintable() else "\ufffd" for c in text)  # no escape codes to the terminal
             lines.append({"key": key, "text": text if len(text) <= 100 else text[:99] + "…"})
     return lines[:1]
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -4,44 +4,52 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain.config import instantiate
 from mmpretrain.data.datamodule import DataModule
+from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
-from mmpretrain.errors import InputError
+from mmpretrain.errors import InputError, Preempted, RunFailed
 from mmpretrain.evaluation import write_metrics
 from mmpretrain.heads import CaptionHead
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
+from mmpretrain.provenance import manifest, record
 from mmpretrain.report import report_run
 from mmpretrain.runs import Run, check_checkpoint, open_run
-from mmpretrain.training.callbacks import Evaluation, Metrics, ProgressLine, SaveAtEnd, StopOnInterrupt
+from mmpretrain.training.assembly import Assembly, assemble
 from mmpretrain.training.csv_logger import MetricsCsv
 from mmpretrain.training.fsdp import full_state
 from mmpretrain.training.module import TrainingModule
+from mmpretrain.training.preemption import Preemption, release
+from mmpretrain.training.workers import dead_worker
 from mmpretrain.types import Tokenizer
-
-
-class Interrupted(Exception):
-    """The run was stopped by Ctrl-C after saving; the message says how to go on."""
 
 
 def train(config: DictConfig) -> dict[str, float]:
     """Train what `config` (see configs/train.yaml) describes and return the final metrics.
 
-    Raises `InputError` for parts that do not fit or data that is not there, before a run folder is made;
-    `Interrupted` after Ctrl-C.
+    Raises `InputError` for parts that do not fit or data that is not there, before a run folder is made; `Preempted`
+    after a signal; `LimitReached` beyond a limit of the config; `RunFailed` where a worker was killed.
     """
+    with ExitStack() as stack:
+        preemption = Preemption()
+        preemption.install()
+        stack.callback(preemption.restore)
+        return _train(config, preemption, stack)
+
+
+def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict[str, float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     build = partial(instantiate, allow=tuple(config.allow_targets))
@@ -52,42 +60,61 @@ def train(config: DictConfig) -> dict[str, float]:
     arguments = dict(resolved["trainer"])
     module = training_module(config, model, arguments.pop("micro_batch_size", None), build)
     run = open_run(config)
-    check_checkpoint(run.checkpoint, module, config.trainer.max_steps)
+    check_checkpoint(run, module, config.trainer.max_steps)
     config.run_dir = str(run.folder)  # what loggers and config.yaml see
     data: DataModule = build(config.data.module)
     data.prepare_data()
     data.setup()
-    evaluation = Evaluation(
-        build(config.evaluators),
-        build(config.data.preprocess),
-        tokenizer,
-        config.callbacks.evaluate_every_n_steps,
-        config.callbacks.best.monitor,
-    )
-    evaluation.check_data()
-    stop = StopOnInterrupt()
-    metrics = Metrics(config.callbacks.log_every_n_steps)
-    own = [metrics, ProgressLine(), SaveAtEnd(run.checkpoints / "last.ckpt"), evaluation, stop]
+    parts = assemble(config, run.folder, run.checkpoints, preemption, build, tokenizer)
+    parts.evaluation.check_data()
     trainer: lightning.Trainer = build(
         arguments,
-        callbacks=[*own, *checkpoints(config, run), *build(config.callbacks.extra)],
+        callbacks=parts.in_order(),
         logger=[MetricsCsv(run.folder), *loggers(build(config.logger))],
+        plugins=[parts.checkpoints.io],
         default_root_dir=str(run.folder),
+        enable_checkpointing=False,  # Lightning's own; see Checkpoints
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,  # nothing goes through Lightning's own logging; see Metrics
     )
     if trainer.is_global_zero:
         run.start(config)
-        print(f"run folder: {run.folder}", file=sys.stderr)
-    trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
-    if stop.interrupted and trainer.global_step < trainer.max_steps:
-        trainer.save_checkpoint(run.checkpoints / "last.ckpt")
-        raise Interrupted(
-            f"stopped at step {trainer.global_step} of {trainer.max_steps}; go on with the same command and "
+        stack.callback(run.end)
+        described: Any = OmegaConf.to_container(config, resolve=True)
+        record(run.folder, manifest(described, data.shards, trainer.world_size), run.step)
+        for line in _beginning(run, data, trainer.world_size):
+            print(line, file=sys.stderr)
+    fit(trainer, module, data, run)
+    if preemption.stopped_at is not None:
+        release(trainer)
+        raise Preempted(
+            f"stopped at step {preemption.stopped_at} of {trainer.max_steps}; go on with the same command and "
             f"run_dir={run.folder} resume=auto"
         )
-    return finish(config, run, trainer, evaluation)
+    if not parts.evaluation.metrics:  # resumed at the last step: all that is left is to evaluate
+        module.to(trainer.strategy.root_device)
+        parts.evaluation.evaluate(trainer, module)
+    with nullcontext() if parts.ema is None else parts.ema.applied(module.model):
+        return finish(config, run, trainer, parts)
+
+
+def fit(trainer: lightning.Trainer, module: TrainingModule, data: DataModule, run: Run) -> None:
+    """Train, from the run's checkpoint if it has one; raises `RunFailed` where a worker of the loader was killed."""
+    try:
+        trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
+    except RuntimeError as error:
+        if (dead := dead_worker(error, data)) is None:
+            raise
+        raise RunFailed(f"{dead}; go on with run_dir={run.folder} resume=auto") from error
+
+
+def _beginning(run: Run, data: DataModule, ranks: int) -> Iterator[str]:
+    """Say where a run writes, what it reads, and what is odd about that."""
+    yield f"run folder: {run.folder}"
+    for name, source in data.sources.items():
+        samples, batch = data.sizes()[name].samples, data.global_batch_size
+        yield from summary(name, data.shards[name], samples, source.fields, batch, ranks, data.num_workers)
 
 
 def training_module(
@@ -113,8 +140,9 @@ def training_module(
     )
 
 
-def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation: Evaluation) -> dict[str, float]:
-    """Write model, metrics and report, on rank 0; the data module's counts join the metrics."""
+def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Assembly) -> dict[str, float]:
+    """Write model, metrics and report, on rank 0; the counts of data read and lost join the metrics."""
+    evaluation = parts.evaluation
     data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
     module: Any = trainer.lightning_module
     final = {**evaluation.metrics, "train/steps": float(trainer.global_step)}
@@ -122,46 +150,24 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, evaluation:
     final["train/truncated_captions"] = float(sum_over_ranks(truncated))
     for name, sizes in data.sizes().items():
         final[f"train/{name}/samples"] = float(sizes.samples)
+    final |= parts.data_log.totals()
+    final["train/bad_steps"] = float(parts.guard.total)
     state = full_state(module.model) if module.device_mesh is not None else {}
     leave()
     if trainer.is_global_zero:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
-        parts = {part: resolved[part] for part in ("model", "tokenizer")}
+        saved = {part: resolved[part] for part in ("model", "tokenizer")}
         model: MultimodalModel = module.model
         if module.device_mesh is not None:  # sharded: the whole model is built anew
             model = instantiate(config.model, allow=tuple(config.allow_targets))
             model.load_state_dict(state)
-        save(run.folder / "model", model, {**parts, "preprocess": resolved["data"]["preprocess"]})
+        save(run.folder / "model", model, {**saved, "preprocess": resolved["data"]["preprocess"]})
         write_metrics(run.folder / "metrics.json", final)
         if config.report:
             pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
             path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
             print(f"report: {path}", file=sys.stderr)
     return final
-
-
-def checkpoints(config: DictConfig, run: Run) -> list[ModelCheckpoint]:
-    """Keep the last checkpoint every N steps, and the best one where a metric is named."""
-    every = config.callbacks.checkpoint_every_n_steps
-    found = [
-        ModelCheckpoint(run.checkpoints, "last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
-    ]
-    best = config.callbacks.best
-    if best.monitor is not None:
-        interval = config.callbacks.evaluate_every_n_steps
-        if not interval:
-            raise InputError("callbacks.best needs evaluations during training; set callbacks.evaluate_every_n_steps")
-        found.append(
-            ModelCheckpoint(
-                run.checkpoints,
-                "best",
-                monitor=best.monitor,
-                mode=best.mode,
-                every_n_train_steps=interval,
-                enable_version_counter=False,
-            )
-        )
-    return found
 
 
 def loggers(built: Any) -> list[Logger]:

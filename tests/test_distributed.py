@@ -55,6 +55,45 @@ def test_one_process_is_the_identity():
     distributed.barrier()
 
 
+def objects_and_flags() -> dict[str, object]:
+    rank, size = distributed.rank(), distributed.world_size()
+    agreement = distributed.Agreement()
+    # The last rank raises its flag before the third boundary.
+    answers = [agreement.at_step(rank == size - 1 and step >= 2) for step in range(5)]
+    agreement.close()
+    late = distributed.Agreement()
+    votes = [late.at_step(False), late.now(rank == 0), late.now(False)]
+    late.at_step(True)
+    late.close()  # with a vote under way
+    return {
+        "objects": distributed.gather_objects({"rank": rank, "text": "ä" * rank, "none": None}),
+        "empty": distributed.gather_objects([]),
+        "answers": answers,
+        "votes": votes,
+        "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_objects_and_agree_on_flags(world_size):
+    for result in run_ranks(objects_and_flags, world_size):
+        assert result["objects"] == [{"rank": r, "text": "ä" * r, "none": None} for r in range(world_size)]
+        assert result["empty"] == [[]] * world_size
+        assert result["answers"] == [False, False, False, True, False]  # told one boundary later, to all at once
+        assert result["votes"] == [False, True, False]
+        assert result["any"] == [True, False]
+
+
+def test_one_process_agrees_with_itself_at_once():
+    agreement = distributed.Agreement()
+    assert [agreement.at_step(False), agreement.at_step(True), agreement.now(True)] == [False, True, True]
+    agreement.close()
+    assert distributed.gather_objects({"step": (1, None)}) == [{"step": [1, None]}]
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
+    with pytest.raises(TypeError):
+        distributed.gather_objects(object())
+
+
 def test_run_id_is_slurms_job_under_slurm(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_JOB_ID", "77")

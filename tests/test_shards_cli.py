@@ -10,8 +10,10 @@ from PIL import Image
 
 from mmpretrain.data.shards import Shard, expand, iter_shard
 from mmpretrain.shards_cli import main
+from tests.faults.broken_sets import pack, sound
 
 Capture = pytest.CaptureFixture[str]
+NONE = {"faults": 0, "examples": []}
 
 
 @pytest.fixture
@@ -122,10 +124,90 @@ def test_the_printed_command_reaches_hydra_whole(pictures: Path, capsys: Capture
     assert expand(str(override.value())) == [f"{folder}/0000{i}.tar" for i in range(2)]
 
 
+def test_check_says_what_is_wrong_and_ends_with_1(tmp_path: Path, capsys: Capture) -> None:
+    samples = [sound(i) for i in range(20)]
+    samples[7]["png"] = b"no picture"
+    samples[9]["txt"] = b"\x1b[31mred"
+    pack(tmp_path / "a.tar", samples[:10])
+    pack(tmp_path / "b.tar", samples[10:], first=10)
+    (tmp_path / "c.tar").write_bytes(b"<html>" * 300)
+    command = ["check", str(tmp_path), "--processes", "1"]
+    assert main([*command, "--batch-size", "4", "--ranks", "2", "--workers", "2"]) == 1
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert printed.err == "" and "\x1b" not in printed.out
+    assert lines[0].startswith("20 samples in 3 shards, ") and lines[0].endswith("; lost 0")
+    assert "  image: 20 decoded, 1 unreadable (5.00%)" in lines
+    assert "an epoch: 5 steps of 4; smallest share of a worker (2 ranks, 2 workers each): 2 batches of 2" in lines
+    problems = [line for line in lines if line.startswith("PROBLEM: ")]
+    assert len(problems) == 2
+    assert "1 of 3 shards cannot be read" in problems[0] and "c.tar" in problems[0]
+    assert "a.tar:0007" in problems[1] and "unreadable image" in problems[1]
+
+    assert main([*command[:1], f"{tmp_path}/a.tar", f"{tmp_path}/b.tar", "--json", "--sample", "5"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["samples"], about["undecodable"]["image"], about["problems"]) == (20, {**NONE, "of": 10}, [])
+
+
+def test_check_gives_the_same_from_several_processes(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3):
+        pack(tmp_path / f"{n}.tar", [sound(i) for i in range(4)])
+    monkeypatch.setattr("mmpretrain.shards_check.PATIENCE", 0)
+    said = []
+    for processes in "12":
+        assert main(["check", str(tmp_path), "--json", "--processes", processes]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and json.loads(said[0])["duplicate_contents"]["samples"] == 8
+
+
+def test_what_check_looks_for_can_be_said(tmp_path: Path, capsys: Capture) -> None:
+    pack(tmp_path / "a.tar", [{"wav": b"RIFF", "json": b'{"names": {"common": "a bell"}}'}] * 2)
+    assert main(["check", str(tmp_path)]) == 1
+    assert "2 of 2 samples have no image" in capsys.readouterr().out
+    assert main(["check", str(tmp_path), "--image", "none", "--caption", "json:names.common"]) == 0
+    assert "  4-7 " in capsys.readouterr().out
+    assert main(["check", str(tmp_path), "--image", "wav", "--caption", "none"]) == 1
+    assert "unreadable image" in capsys.readouterr().out
+
+
+def test_index_makes_the_index_files(tmp_path: Path, capsys: Capture) -> None:
+    paths = [pack(tmp_path / f"{n}.tar", [sound(i) for i in range(4)]) for n in range(2)]
+    assert main(["index", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [*(f"{p}: 4 samples" for p in paths), "8 samples in 2 shards"]
+    assert all(path.with_name(f"{path.name}.idx.npz").is_file() for path in paths)
+    paths[1].write_bytes(b"<html>" * 300)
+    assert main(["index", str(tmp_path), "--json"]) == 1
+    good, bad = json.loads(capsys.readouterr().out)
+    assert good == {"shard": str(paths[0]), "samples": 4, "lost": 0, "causes": {}, "problem": None}
+    assert str(paths[1]) in bad["problem"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["check", "nowhere.tar"], "nowhere.tar"),
+        (["check", ".", "--sample", "0"], "--sample is 0"),
+        (["check", ".", "--batch-size", "6", "--ranks", "4"], "cannot be divided over 4 ranks"),
+        (["check", "{}", "--processes", "0"], "--processes is 0"),
+        (["index", "."], "holds no *.tar"),
+    ],
+)
+def test_wrong_input_to_check_is_one_line(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, argv: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(shards) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmpretrain: error: ") and error.count("\n") == 1 and says in error
+
+
 def test_help_and_unknown_options(capsys: Capture) -> None:
     for argv, status in (
         (["--help"], 0),
         (["write", "--help"], 0),
+        (["check", "--help"], 0),
         ([], 2),
         (["write", "a", "b", "--nope"], 2),
     ):

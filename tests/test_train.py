@@ -17,10 +17,18 @@ from safetensors.torch import load_file
 
 import mmpretrain
 from mmpretrain.cli import main
+from mmpretrain.errors import EXIT_PREEMPTED, EXIT_STOPPED
 
 
 def run(*overrides: str) -> int:
     return main(["train", *overrides])
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with one thread."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
@@ -36,6 +44,7 @@ def test_a_run_folder_holds_everything(tiny, tmp_path, capsys):
     folder = tmp_path / "runs" / "first"
     assert run(*tiny, f"run_dir={folder}", "report=true", "callbacks.checkpoint_every_n_steps=3") == 0
     expected = {"model", "checkpoints", "metrics.json", "metrics.csv", "config.yaml", "report.html"}
+    expected |= {"manifest.json", "data_events.jsonl"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder.parent / "latest").resolve() == folder.resolve()
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -61,19 +70,17 @@ def test_resuming_goes_on_with_the_very_next_sample(tiny, tmp_path):
     # The same run, ended after 4 of its 6 steps by a signal, as Ctrl-C sends it.
     script = (
         "import os, signal, sys\n"
-        "from mmpretrain.training import callbacks\n"
+        "from mmpretrain.training import assembly\n"
         "from mmpretrain.cli import main\n"
-        "class Kill(callbacks.Metrics):\n"
+        "class Kill(assembly.Metrics):\n"
         "    def on_train_batch_end(self, trainer, *rest):\n"
         "        super().on_train_batch_end(trainer, *rest)\n"
         "        if trainer.global_step == 4: os.kill(os.getpid(), signal.SIGINT)\n"
-        "callbacks.Metrics = Kill\n"
-        "import mmpretrain.train; mmpretrain.train.Metrics = Kill\n"
+        "assembly.Metrics = Kill\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", script, "train", *tiny, *steps, f"run_dir={parts}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 130, done.stderr
+    done = launch("-c", script, "train", *tiny, *steps, f"run_dir={parts}")
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
     assert "stopped at step 4 of 6" in done.stderr and "resume=auto" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (parts / "model").exists()
@@ -101,13 +108,8 @@ def test_workers_change_nothing(tiny, tmp_path):
 def test_two_ranks_equal_one(tiny, tmp_path, extra):
     common = [*tiny, *extra]
     assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
-    command = [sys.executable, "-m", "mmpretrain", "train", *common, "trainer=ddp_cpu", "trainer.max_steps=6"]
-    done = subprocess.run(
-        [*command, f"run_dir={tmp_path / 'two'}", "report=true"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ranks = ["trainer=ddp_cpu", "trainer.max_steps=6", f"run_dir={tmp_path / 'two'}", "report=true"]
+    done = launch("-m", "mmpretrain", "train", *common, *ranks)
     assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     for step in one:
@@ -135,7 +137,7 @@ def test_the_logit_scale_is_clamped_after_the_step(tiny, tmp_path):
 def test_best_checkpoint_and_evaluation_during_training(tiny, tmp_path):
     best = "callbacks.best.monitor=val/retrieval/text_to_image/recall@1"
     assert run(*tiny, "callbacks.evaluate_every_n_steps=2", best, f"run_dir={tmp_path / 'r'}") == 0
-    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} >= {"best.ckpt"}
+    assert {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()} >= {"best", "latest"}
     assert [s for s, r in rows(tmp_path / "r").items() if "val/retrieval/text_to_image/recall@1" in r] == [
         2,
         4,
@@ -177,7 +179,7 @@ WRONG = {
     "unsafe target": (["data.preprocess._target_=os.system"], ["os.system", "not allowed"]),
     "warm-up too long": (["scheduler.warmup_steps=9"], ["warmup_steps=9", "6 training steps"]),
     "accumulation": (["+trainer.accumulate_grad_batches=2"], ["micro_batch_size"]),
-    "nothing to resume": (["resume=auto"], ["resume=auto", "no checkpoint"]),
+    "nothing to resume": (["resume=/nowhere/run"], ["resume=/nowhere/run", "there is no such path"]),
     "best without evaluation": (["callbacks.best.monitor=x"], ["evaluate_every_n_steps"]),
     "validation data missing": (["data.val=/nowhere/val.tar"], ["/nowhere/val.tar"]),
     "workers": (["data.num_workers=-1"], ["num_workers is -1"]),
@@ -185,7 +187,7 @@ WRONG = {
         ["+model.encoders.text.pooling=last", "+model.encoders.text.causal=false"],
         ["tokenizer.pad=context_length"],
     ),
-    "resuming a file that is no checkpoint": ([f"resume={__file__}"], ["no checkpoint"]),
+    "resuming a file that is no checkpoint": ([f"resume={__file__}"], ["no run and no checkpoint"]),
     "timm name": (["model.encoders.image.name=vit_tinny_patch16_224"], ["vit_tinny", "vit_tiny_patch16_224"]),
 }
 
@@ -284,21 +286,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "resume=auto" in error and "Traceback" not in error
-    assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
+    assert process.returncode == EXIT_PREEMPTED and "resume=auto" in error and "Traceback" not in error
+    assert (tmp_path / "r" / "checkpoints" / "latest" / "manifest.json").is_file()
 
 
 @pytest.mark.slow
 def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
     common = [*tiny, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=4"]
     for devices in (1, 2):
-        command = [sys.executable, "-m", "mmpretrain", "train", *common, f"trainer.devices={devices}"]
-        done = subprocess.run(
-            [*command, f"run_dir={tmp_path / str(devices)}"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        where = [f"trainer.devices={devices}", f"run_dir={tmp_path / str(devices)}"]
+        done = launch("-m", "mmpretrain", "train", *common, *where)
         assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     for step in one:
@@ -307,7 +304,7 @@ def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "2")[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_a_bad_picture_met_by_a_worker_is_one_line_and_a_new_start_is_possible(tiny, shards, tmp_path, capfd):
+def test_bad_pictures_are_counted_replaced_and_limited(tiny, shards, tmp_path, capfd):
     import webdataset
 
     from mmpretrain.data.shards import iter_shard
@@ -316,10 +313,16 @@ def test_a_bad_picture_met_by_a_worker_is_one_line_and_a_new_start_is_possible(t
     with webdataset.TarWriter(str(tmp_path / "some" / "00000.tar")) as writer:
         for i, sample in enumerate(iter_shard(shards / "00000.tar")):
             writer.write({**sample, "png": sample["png"] if i < 12 else b"\x89PNG not really"})
-    common = [f"data.train={tmp_path / 'some'}", "evaluators=none", "data.num_workers=1", f"run_dir={tmp_path / 'r'}"]
-    assert run(*tiny, *common) == 2
+    common = [f"data.train={tmp_path / 'some'}", "evaluators=none", "data.num_workers=1", "trainer.max_steps=4"]
+    assert run(*tiny, *common, f"run_dir={tmp_path / 'r'}") == EXIT_STOPPED
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("mmpretrain: error")]
-    assert len(lines) == 1 and "00000.tar" in lines[0] and "Traceback" not in lines[0]
+    assert len(lines) == 1 and "max_bad_fraction" in lines[0] and "undecodable" in lines[0]
+    assert run(*tiny, *common, "data.max_bad_fraction=0.5", f"run_dir={tmp_path / 's'}") == 0
+    events = [json.loads(line) for line in (tmp_path / "s" / "data_events.jsonl").read_text().splitlines()]
+    assert {event["cause"] for event in events} == {"undecodable"} and len(events) == 4
+    assert {event["shard"].endswith("00000.tar") for event in events} == {True}
+    metrics = json.loads((tmp_path / "s" / "metrics.json").read_text())
+    assert metrics["data/lost/undecodable"] == 4 and metrics["data/bad_fraction"] == pytest.approx(0.25)
 
 
 def test_a_misspelt_metric_to_keep_the_best_by_is_named(tiny, tmp_path, capsys):
@@ -331,6 +334,6 @@ def test_a_misspelt_metric_to_keep_the_best_by_is_named(tiny, tmp_path, capsys):
 def test_resume_auto_with_a_run_dir_starts_where_there_is_nothing(tiny, tmp_path):
     once = ["evaluators=none", "resume=auto", f"run_dir={tmp_path / 'r'}", "trainer.max_steps=2"]
     assert run(*tiny, *once) == 0
-    assert (tmp_path / "r" / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "r" / "checkpoints" / "latest" / "manifest.json").is_file()
     assert run(*tiny, *once[:-1], "trainer.max_steps=4") == 0
     assert list(rows(tmp_path / "r")) == [1, 2, 3, 4]

@@ -1,23 +1,34 @@
-"""Remote shards: fetched whole into a local folder, from which they are read in place."""
+"""Remote shards: fetched whole into a local folder of bounded size, from which they are read in place."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import re
+import threading
+import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from mmpretrain.data.download import Cancelled, Retry, download
+from mmpretrain.data.redact import redact
+from mmpretrain.data.room import Part, claimed, reserve, touch
 from mmpretrain.errors import InputError
 
-REMOTE = ("http", "https", "s3")
+RETRY = Retry()
+MOST_INDEX = 2**28
+"""Bytes of an index: about 2.5 million members."""
+REMOTE = ("http", "https", "s3", "gs", "hf")
 
 
 def scheme_of(name: str) -> str:
     """Return the scheme of a shard's name ("" for a path); raises `InputError` for one that is not read."""
     scheme = name.split(":", 1)[0].lower() if "://" in name or name.lower().startswith(("pipe:", "file:")) else ""
     if scheme not in ("", "file", *REMOTE):
-        raise InputError(f"shard {name!r} has the scheme {scheme!r}; expected a path, file:, http(s):// or s3://")
+        raise InputError(
+            f"shard {redact(name)!r} has the scheme {scheme!r}; expected a path, file:, or one of "
+            + ", ".join(f"{known}://" for known in REMOTE)
+        )
     return scheme
 
 
@@ -27,7 +38,7 @@ def local_path(name: str) -> Path:
         return Path(name)
     parts = urlsplit(name)
     if parts.netloc not in ("", "localhost"):
-        raise InputError(f"shard {name!r} names the host {parts.netloc!r}; write file:///absolute/path.tar")
+        raise InputError(f"shard {redact(name)!r} names the host {parts.hostname!r}; write file:///absolute/path.tar")
     return Path(unquote(parts.path))
 
 
@@ -39,12 +50,18 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "mmpretrain") / "shards"
 
 
-def fetch(url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def fetch(
+    url: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str] | None = None,
+    cancelled: threading.Event | None = None,
+) -> Path:
     """Return a local file of the shard: a local path as it is, a remote one downloaded once into the cache.
 
-    A download appears under its final name only when complete, so any number of processes may fetch one URL.
-    What is in the cache is trusted: give a changed shard a new name. Raises `InputError` if the shard is
-    missing or unreachable.
+    A download appears under its final name only when complete, and any number of processes may ask for one URL:
+    one fetches, the others wait. The file has the server's modification time, where it tells one. It stays until
+    shards used later need the room (see `room.limit`): call `fetch` again before opening a shard that was not
+    used for a while. What is in the cache is trusted: give a changed shard a new name. Raises `InputError` if the
+    shard is missing or stays unreachable, `Cancelled` once `cancelled` is set.
     """
     name = os.fspath(url)
     scheme = scheme_of(name)
@@ -53,35 +70,61 @@ def fetch(url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None 
         if not path.is_file():
             raise InputError(f"shard {name!r} does not exist; correct the path")
         return path
-    base = Path(urlsplit(name).path).name
-    target = cache_folder(cache_dir) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{base}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _download(name, scheme, target)
+    target = cache_folder(cache_dir) / cache_name(name)
+    while not touch(target):
+        _fetch_into(target, name, cancelled or threading.Event())
     return target
 
 
-def _download(url: str, scheme: str, target: Path) -> None:
-    import fsspec
+def fetch_index(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return a local file of `<url>.idx.npz`, the index that may lie beside a remote shard; None without one.
 
+    It is found beside the place that `fetch` gives the shard, and stays when the shard makes room for others. A URL
+    with a query has none: a signature holds for one path. It is a stranger's claim until it was checked.
+    """
+    if scheme_of(url) not in REMOTE:
+        raise InputError(f"{url!r} is no remote shard; its index lies beside it")
+    target = cache_folder(cache_dir) / f"{cache_name(url)}.idx.npz"
+    while not touch(target):
+        if "?" in url or "#" in url:
+            return None
+        try:
+            _fetch_into(target, f"{url}.idx.npz", threading.Event(), most=MOST_INDEX)
+        except InputError:  # there is none, which some servers call forbidden; or the shard cannot be fetched either
+            return None
+    return target
+
+
+def cache_name(url: str) -> str:
+    """Return the name that a remote shard has in the cache folder; it tells the URL to nobody."""
+    base = re.sub(r"[^\w.-]", "_", Path(urlsplit(url).path).name, flags=re.ASCII)[-100:]
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
+
+
+def _fetch_into(target: Path, url: str, cancelled: threading.Event, most: int | None = None) -> None:
+    """Download to `target`, at most `most` bytes, or wait until another process did."""
+    folder = target.parent
     try:
-        # The file system is chosen by our own scheme check: `fsspec.open` would also follow chained URLs
-        # (`a::b`).
-        remote = fsspec.filesystem(scheme)
-    except ImportError as error:
-        raise InputError(f"{url} needs a package: {error}; pip install 'mmpretrain-contrastive[s3]'") from error
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    try:
-        expected = remote.info(url).get("size")
-        remote.get_file(url, temporary)
-        got = Path(temporary).stat().st_size
-        if expected is not None and got != expected:
-            raise OSError(f"{got} of {expected} bytes arrived")
-        Path(temporary).replace(target)
-    except Exception as error:  # each file system has errors of its own: aiohttp's, botocore's, OSError
-        raise InputError(
-            f"cannot fetch {url}: {type(error).__name__}: {error}; check address, credentials and disk"
-        ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(target, cancelled) as part:
+            if part is not None:
+                _fill(part, url, cancelled, most)
+                part.path.replace(target)
+    except InputError as error:
+        # Not chained: the cause's own words may hold what was redacted here.
+        raise InputError(f"cannot fetch {redact(url)}: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot write to the cache {folder} ({error}); set MMPRETRAIN_CACHE") from error
+    if part is None and cancelled.is_set():
+        raise Cancelled
+
+
+def _fill(part: Part, url: str, cancelled: threading.Event, most: int | None) -> None:
+    def room(size: int) -> None:
+        if most is not None and size > most:
+            raise InputError(f"{size} bytes are more than the {most} allowed")
+        reserve(part, size, cancelled)
+
+    modified = download(url, scheme_of(url), part.file, room, RETRY, cancelled)
+    now = time.time_ns()
+    os.utime(part.path, ns=(now, now if modified is None else modified))

@@ -1,39 +1,79 @@
-"""Where each sample of a shard lies: the members of a tar file grouped by key, kept in a small file."""
+"""Where each sample of a shard lies, a checksum per member, and what was lost: kept in a small file."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from mmpretrain.data.tar import BLOCK, Buffer, DamageError, Member, text_of, walk
+from mmpretrain.data.events import CAUSES, DataEvent
+from mmpretrain.data.grouping import Content, group
+from mmpretrain.data.headers import text_of
+from mmpretrain.data.tar import Damage, Member, walk
 
-_VERSION = 1
-_NUMBERS = ("starts", "field", "offset", "size")
+_VERSION = 2
+_CHUNK = 1 << 26  # bytes after which pages that were read are given back
+_ARRAYS = {"keys": np.uint8, "fields": np.uint8, "starts": np.int64, "rows": np.uint64, "losses": np.uint8}
 
 
-class Group(NamedTuple):
-    """One sample: its key and, per field, (offset, size) of its bytes in the shard."""
+class Head(NamedTuple):
+    """What is known of a shard without its index: samples to deliver, samples lost, a hash of the content."""
 
-    key: str
-    fields: dict[str, tuple[int, int]]
+    samples: int
+    lost: int
+    digest: str
 
 
 class Index(NamedTuple):
-    """The samples of one shard, in file order; the members of sample i are rows starts[i]:starts[i+1]."""
+    """The samples of one shard in file order; the members of sample i are rows starts[i]:starts[i+1]."""
 
     keys: list[str]
     fields: list[str]  # the distinct field names
     starts: npt.NDArray[np.int64]  # (samples + 1,)
-    field: npt.NDArray[np.int64]  # (members,) row of `fields`
-    offset: npt.NDArray[np.int64]  # (members,) bytes from the beginning of the shard
-    size: npt.NDArray[np.int64]  # (members,) bytes
+    rows: npt.NDArray[np.uint64]  # (members, 4): number of the field, offset, size, xxh3_64 of the bytes
+    events: list[DataEvent]
+    lost: Content  # what an earlier index knew of samples that are lost now
     stamp: tuple[int, int]  # size in bytes and mtime in ns of the shard it was made from
+
+    def head(self) -> Head:
+        """Return the counts, and the SHA-256 of everything but the stamp."""
+        digest = hashlib.sha256()
+        for array in self._arrays().values():
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+        losses = [event.key for event in self.events if event.cause != "duplicate"]
+        delivered = set(self.keys) if losses else set()
+        keys = {key for key in losses if key is not None} - delivered
+        # Where an earlier index names the lost, a damaged place without a key is one of them.
+        nameless = 0 if self.lost else losses.count(None)
+        return Head(len(self.keys), len(keys) + nameless, digest.hexdigest())
+
+    def content(self) -> Content:
+        """Return (size, checksum) by key and field, lost samples included."""
+        content: Content = dict(self.lost)
+        rows, starts = self.rows.tolist(), self.starts.tolist()
+        for i, key in enumerate(self.keys):
+            content[key] = {self.fields[row[0]]: (row[2], row[3]) for row in rows[starts[i] : starts[i + 1]]}
+        return content
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        losses = json.dumps({"events": [event[1:] for event in self.events], "lost": self.lost}).encode()
+        return {
+            "keys": np.frombuffer(_join(self.keys), np.uint8),
+            "fields": np.frombuffer(_join(self.fields), np.uint8),
+            "starts": self.starts,
+            "rows": self.rows,
+            "losses": np.frombuffer(losses, np.uint8),
+        }
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
@@ -42,54 +82,45 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def group(members: Iterator[Member], shard: str) -> Iterator[Group]:
-    """Yield samples: neighbouring members of one key, the path up to the first dot of its base name.
+def build(data: bytes | mmap.mmap, shard: str, stamp: tuple[int, int], before: Index | None = None) -> Index:
+    """Make the index of a shard in one pass; raises `DamageError` as `walk` does.
 
-    The rest of the base name, in lower case, is the field. Members without a field, and those in or called
-    `__x__`, are skipped: the rules of the webdataset format. So are hidden files (`a/.DS_Store`), of
-    which webdataset makes samples called `a/`. Raises `DamageError` for a field that a sample has twice.
+    `before` is an older index of the same file: what it knew and the shard no longer holds is a loss.
     """
-    current: Group | None = None
-    for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        top = member.name.split("/", 1)[0]
-        if not stem or not dot or (len(top) >= 4 and top.startswith("__") and top.endswith("__")):
-            continue
-        key, field = folder + slash + stem, extension.lower()
-        if current is None or current.key != key:
-            if current is not None:
-                yield current
-            current = Group(key, {})
-        if field in current.fields or field in ("__key__", "__url__"):
-            raise DamageError(shard, member.offset - BLOCK, f"second member {member.name!r} of one sample; rename it")
-        current.fields[field] = (member.offset, member.size)
-    if current is not None:
-        yield current
-
-
-def build(data: Buffer, shard: str, stamp: tuple[int, int]) -> Index:
-    """Make the index of a shard; raises `DamageError` as `walk` and `group` do."""
-    keys: list[str] = []
+    grouped = group(_summed(data, shard), shard, None if before is None else before.content())
     names: dict[str, int] = {}
     starts, rows = [0], []
-    for key, fields in group(walk(data, shard), shard):
-        keys.append(key)
+    for fields in grouped.samples.values():
         rows += [(names.setdefault(name, len(names)), *place) for name, place in fields.items()]
         starts.append(len(rows))
-    field, offset, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
-    return Index(keys, list(names), np.array(starts, dtype=np.int64), field, offset, size, stamp)
+    table = np.array(rows, dtype=np.uint64).reshape(-1, 4)
+    keys = list(grouped.samples)
+    return Index(keys, list(names), np.array(starts, dtype=np.int64), table, grouped.events, grouped.lost, stamp)
+
+
+def _summed(data: bytes | mmap.mmap, shard: str) -> Iterator[tuple[Member, int] | Damage]:
+    """Walk and add each member's checksum; pages of a map are given back on the way."""
+    done = 0
+    with memoryview(data) as view:
+        for item in walk(data, shard):
+            if isinstance(item, Damage):
+                yield item
+                continue
+            with view[item.offset : item.offset + item.size] as part:
+                yield item, xxhash.xxh3_64_intdigest(part)
+            if isinstance(data, mmap.mmap) and item.offset - done > _CHUNK:
+                data.madvise(mmap.MADV_DONTNEED, done, _CHUNK)
+                done += _CHUNK
 
 
 def save(index: Index, path: Path) -> None:
     """Write an index next to its final place and move it there, so that no reader meets half of one."""
-    arrays: dict[str, Any] = {name: getattr(index, name) for name in _NUMBERS}
-    arrays |= {name: np.frombuffer(_join(getattr(index, name)), dtype=np.uint8) for name in ("keys", "fields")}
-    arrays |= {"version": np.int64(_VERSION), "stamp": np.array(index.stamp, dtype=np.int64)}
+    head = json.dumps({"version": _VERSION, "stamp": index.stamp, **index.head()._asdict()}).encode()
+    arrays = {"head": np.frombuffer(head, np.uint8), **index._arrays()}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from the colleagues who share the shard
         Path(temporary).replace(path)
     except BaseException:
@@ -97,32 +128,76 @@ def save(index: Index, path: Path) -> None:
         raise
 
 
-def load(path: Path, stamp: tuple[int, int]) -> Index | None:
-    """Read an index; None if there is none, it is unreadable, or it belongs to a shard with another stamp."""
+def load_head(path: Path, stamp: tuple[int, int]) -> Head | None:
+    """Read only the counts of an index; None where `load` gives None."""
+    try:
+        with path.open("rb") as raw, _opened(raw) as file:
+            head, found = _head(file)
+            return head if found == stamp else None
+    except Exception:  # see `load`
+        return None
+
+
+def load(path: Path, shard: str, stamp: tuple[int, int] | None) -> Index | None:
+    """Read an index; None if there is none, it is damaged, or it belongs to a shard with another stamp.
+
+    `shard` names the events. `stamp` None accepts the index of any version of the shard.
+    """
     try:
         # Opened here because np.load leaves a file that is no zip open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if int(file["version"]) != _VERSION or tuple(file["stamp"].tolist()) != stamp:
+        with path.open("rb") as raw, _opened(raw) as file:
+            head, found = _head(file)
+            if stamp is not None and found != stamp:
                 return None
-            starts, field, offset, size = (np.asarray(file[name], dtype=np.int64) for name in _NUMBERS)
-            index = Index(_split(file["keys"]), _split(file["fields"]), starts, field, offset, size, stamp)
-            return index if _consistent(index) else None
-    except Exception:  # whatever is wrong with it (numpy and zipfile raise a dozen types), it is made again
+            arrays = {name: file[name] for name in _ARRAYS}
+        if any(arrays[name].dtype != kind for name, kind in _ARRAYS.items()):
+            return None
+        keys, fields, losses = _split(arrays["keys"]), _split(arrays["fields"]), json.loads(arrays["losses"].tobytes())
+        events = [_event(shard, *entry) for entry in losses["events"]]
+        lost = {
+            str(key): {str(field): (int(size), int(checksum)) for field, (size, checksum) in members.items()}
+            for key, members in losses["lost"].items()
+        }
+        index = Index(keys, fields, arrays["starts"], arrays["rows"], events, lost, found)
+        return index if _consistent(index) and index.head() == head else None
+    except Exception:  # whatever is wrong with it (numpy, zipfile and json raise a dozen types), it is made again
         return None
+
+
+def _opened(raw: Any) -> Any:
+    file = np.load(raw, allow_pickle=False)
+    if any(part.compress_type != zipfile.ZIP_STORED for part in file.zip.infolist()):
+        raise ValueError("compressed: it may unpack to any size")
+    return file
+
+
+def _head(file: Any) -> tuple[Head, tuple[int, int]]:
+    about = json.loads(file["head"].tobytes())
+    if about["version"] != _VERSION:
+        raise ValueError(f"version {about['version']}")
+    size, time = about["stamp"]
+    return Head(int(about["samples"]), int(about["lost"]), str(about["digest"])), (int(size), int(time))
+
+
+def _event(shard: str, offset: int | None, key: str | None, cause: Any, detail: str) -> DataEvent:
+    if cause not in CAUSES or not isinstance(offset, int | None) or not isinstance(key, str | None):
+        raise ValueError("no event")
+    return DataEvent(shard, offset, key, cause, str(detail))
 
 
 def _consistent(index: Index) -> bool:
     """Tell whether no entry points outside the shard or the tables: the file may be anybody's."""
-    keys, fields, starts, field, offset, size, stamp = index
-    members = len(field)
+    starts, rows = index.starts, index.rows
+    if starts.shape != (len(index.keys) + 1,) or rows.ndim != 2 or rows.shape[1] != 4 or not index.keys:
+        return False
+    field, offset, size, _ = rows.T
+    length = np.uint64(index.stamp[0])
     return bool(
-        starts.shape == (len(keys) + 1,)
-        and field.shape == offset.shape == size.shape == (members,)
-        and starts[0] == 0
-        and starts[-1] == members
+        starts[0] == 0
+        and starts[-1] == len(rows)
         and (np.diff(starts) > 0).all()
-        and ((field >= 0) & (field < len(fields))).all()
-        and ((offset >= 0) & (size >= 0) & (size <= stamp[0]) & (offset <= stamp[0] - size)).all()
+        and (field < len(index.fields)).all()
+        and ((size <= length) & (offset <= length - np.minimum(size, length))).all()
     )
 
 
@@ -131,6 +206,4 @@ def _join(texts: list[str]) -> bytes:
 
 
 def _split(array: npt.NDArray[np.uint8]) -> list[str]:
-    if array.dtype != np.uint8:
-        raise ValueError(f"names are stored as {array.dtype}")
     return [text_of(text) for text in array.tobytes().split(b"\0")[:-1]]

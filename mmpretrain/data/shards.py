@@ -9,10 +9,13 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import xxhash
 
 from mmpretrain.data import index as tar_index
 from mmpretrain.data.cache import REMOTE, cache_folder, fetch, local_path, scheme_of
+from mmpretrain.data.events import DataEvent
 from mmpretrain.data.tar import DamageError
 from mmpretrain.errors import InputError
 
@@ -67,80 +70,179 @@ def _expand_name(name: str, pattern: str) -> list[str]:
     return found
 
 
+class ChecksumError(InputError):
+    """A sample whose bytes are not those that the index was made from, or cannot be read; `event` says which."""
+
+    def __init__(self, event: DataEvent) -> None:
+        super().__init__(f"{event.shard} at byte {event.offset}, sample {event.key!r}: {event.detail}")
+        self.event = event
+
+    def __reduce__(self) -> tuple[type[ChecksumError], tuple[DataEvent]]:
+        return type(self), (self.event,)
+
+
 class Shard:
     """One shard with random access: `len(shard)` samples, `shard.read(i)` the bytes of sample i by field.
 
-    A remote shard is fetched at construction. The index is kept as `<shard>.idx.npz` beside the shard, or in
-    the cache folder if that place is read-only, and made again when the shard's size or time changed. Pickles
-    as numbers and names; each process maps the file at its first read. Raises `InputError` for a missing
-    shard, `DamageError` (an `InputError`) naming shard and offset for one that is no sound tar.
+    A remote shard is fetched at construction. The index is kept as `<shard>.idx.npz` beside the shard, or in the
+    cache folder if that place is read-only, and made again when the shard's size or time changed. Damage costs the
+    samples it touches: `events` lists them, `lost` counts them. Members of one key make one sample wherever they
+    lie in the tar. Holds and pickles only names and counts; indexes are loaded when needed, and the most recently
+    used stay in memory. Raises `InputError` for a missing shard and `DamageError` (an `InputError`) for one that is
+    no tar, or of which no sample can be read.
     """
 
     def __init__(self, path_or_url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> None:
         self.name = os.fspath(path_or_url)
         self.path = fetch(path_or_url, cache_dir)
-        self._index = _index_of(self.path, self.name, cache_folder(cache_dir))
+        self._origin = _Origin(self.name, self.path, cache_folder(cache_dir), tar_index.stamp_of(self.path))
+        heads = (tar_index.load_head(place, self._origin.stamp) for place in self._origin.places())
+        head = next((head for head in heads if head is not None), None)
+        self._count, self.lost, self.digest = _index_of(self._origin).head() if head is None else head
 
     def __len__(self) -> int:
-        return len(self._index.keys)
+        return self._count
+
+    @property
+    def index(self) -> tar_index.Index:
+        """Where every sample lies; raises `InputError` if it has to be made anew and the shard changed since."""
+        return _index_of(self._origin)
 
     @property
     def keys(self) -> Sequence[str]:
-        """The samples' keys in file order."""
-        return self._index.keys
+        """The keys of the samples, in file order."""
+        return self.index.keys
+
+    @property
+    def events(self) -> list[DataEvent]:
+        """What was found lost when the index was made."""
+        return list(self.index.events)
 
     def fields(self, i: int) -> list[str]:
         """Return the fields of sample i in file order."""
-        return list(self._members(i))
+        return list(self.sizes(i))
 
     def sizes(self, i: int) -> dict[str, int]:
         """Return the size in bytes of each field of sample i, without reading them."""
-        return {field: size for field, (_, size) in self._members(i).items()}
+        index = self.index
+        return {index.fields[field]: size for field, _, size, _ in self._rows(index, i)}
 
     def read(self, i: int) -> dict[str, bytes]:
-        """Return the bytes of each field of sample i."""
-        data = _mapped(self.path, self._index.stamp)
-        return {field: data[offset : offset + size] for field, (offset, size) in self._members(i).items()}
+        """Return the bytes of each field of sample i; raises `ChecksumError` where they are not as indexed."""
+        index = self.index
+        rows = self._rows(index, i)
+        return _read(_opened(self._origin), index, index.keys[i], rows, {})
 
-    def _members(self, i: int) -> dict[str, tuple[int, int]]:
-        """Return field -> (offset, size) of sample i."""
+    def _rows(self, index: tar_index.Index, i: int) -> list[list[int]]:
+        """Return [field, offset, size, checksum] of each member of sample i."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {self.name}, which has {len(self)}")
-        rows = slice(int(self._index.starts[i]), int(self._index.starts[i + 1]))
-        names = [self._index.fields[k] for k in self._index.field[rows].tolist()]
-        return dict(zip(names, zip(self._index.offset[rows].tolist(), self._index.size[rows].tolist())))
+        rows: list[list[int]] = index.rows[index.starts[i] : index.starts[i + 1]].tolist()
+        return rows
 
 
-def iter_shard(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the samples in file order: "__key__" (str) and raw bytes by field; raises as `Shard` does."""
+def iter_shard(path: str | os.PathLike[str], events: list[DataEvent] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the samples in file order: "__key__" (str) and raw bytes by field.
+
+    A damaged sample is left out; each loss is appended to `events`. Raises as `Shard` does.
+    """
     shard = Shard(path)
-    for i, key in enumerate(shard.keys):
-        yield {"__key__": key, **shard.read(i)}
+    losses = [] if events is None else events
+    losses += shard.events
+    index, file = shard.index, _opened(shard._origin)
+    for begin in range(0, len(shard), _PART):
+        starts = index.starts[begin : begin + _PART + 1].tolist()
+        rows = index.rows[starts[0] : starts[-1]].tolist()
+        first = starts[0]
+        for key, start, end in zip(index.keys[begin : begin + _PART], starts, starts[1:]):
+            try:
+                yield _read(file, index, key, rows[start - first : end - first], {"__key__": key})
+            except ChecksumError as error:
+                losses.append(error.event)
 
 
-def _map(path: Path, stamp: tuple[int, int]) -> mmap.mmap:
-    """Map a shard that still is what its index was made from."""
-    with path.open("rb") as file:
-        if tar_index.stamp_of(path) != stamp:
-            raise InputError(f"{path} changed since it was opened; leave shards alone while they are read")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+_PART = 1024  # samples whose rows are plain numbers at one time
 
 
-# Each map holds a file descriptor, of which a process has about a thousand; shards may be more.
-_mapped = functools.lru_cache(maxsize=64)(_map)
+class _Origin(NamedTuple):
+    """The file of a shard, and the state it was opened in."""
+
+    name: str
+    path: Path
+    cache: Path
+    stamp: tuple[int, int]
+
+    def places(self) -> tuple[Path, Path]:
+        """Return where the index may lie: beside the shard, or in the cache."""
+        digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:16]
+        return (
+            self.path.with_name(f"{self.path.name}.idx.npz"),
+            self.cache / f"{digest}-{self.path.name}.idx.npz",
+        )
+
+    def check(self) -> None:
+        """Raise `InputError` if the file is no longer the one that was opened; a remote one is fetched if gone."""
+        now = tar_index.stamp_of(fetch(self.name, self.cache))
+        # What is fetched a second time may have another time; its bytes are compared with their checksums.
+        remote = scheme_of(self.name) in REMOTE
+        if now != self.stamp and not (remote and now[0] == self.stamp[0]):
+            raise InputError(f"{self.path} changed since it was opened; leave shards alone while they are read")
 
 
-def _index_of(path: Path, name: str, cache: Path) -> tar_index.Index:
-    """Load the shard's index, or make and keep it."""
-    stamp = tar_index.stamp_of(path)
-    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    places = (path.with_name(f"{path.name}.idx.npz"), cache / f"{digest}-{path.name}.idx.npz")
+class _File:
+    """An open shard, closed with its last user."""
+
+    def __init__(self, origin: _Origin) -> None:
+        origin.check()
+        self.origin = origin
+        self.handle = os.open(origin.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
+
+
+# Each open file takes a descriptor, of which a process has about a thousand; shards may be more.
+_opened = functools.lru_cache(maxsize=64)(_File)
+
+
+def _read(file: _File, index: tar_index.Index, key: str, rows: list[list[int]], into: dict[str, Any]) -> dict[str, Any]:
+    """Add the bytes of each field to `into`. Read, not mapped: a file cut short meanwhile would kill the process."""
+    for field, offset, size, checksum in rows:
+        try:
+            data = os.pread(file.handle, size, offset)
+            if len(data) < size:
+                data += _rest(file.handle, size - len(data), offset + len(data))
+        except OSError as error:
+            detail = f"{index.fields[field]} cannot be read: {error.strerror}"
+            raise ChecksumError(DataEvent(file.origin.name, offset, key, "unreadable", detail)) from error
+        if xxhash.xxh3_64_intdigest(data) != checksum:
+            file.origin.check()
+            detail = f"{index.fields[field]} has other bytes than the index knows; restore the shard"
+            raise ChecksumError(DataEvent(file.origin.name, offset, key, "checksum", detail))
+        into[index.fields[field]] = data
+    return into
+
+
+def _rest(handle: int, size: int, offset: int) -> bytes:
+    """Read on where one call gave less than asked for: it gives 2 GB at most, and nothing behind the end."""
+    parts = []
+    while size and (part := os.pread(handle, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+# An index takes about 100 bytes a member: some stay in memory, the others are read again when needed.
+@functools.lru_cache(maxsize=64)
+def _index_of(origin: _Origin) -> tar_index.Index:
+    """Load the index of a shard, or make and keep it."""
+    places = origin.places()
     for place in places:
-        if (known := tar_index.load(place, stamp)) is not None:
+        if (known := tar_index.load(place, origin.name, origin.stamp)) is not None:
             return known
-    if stamp[0] == 0:
-        raise DamageError(name, 0, "the file is empty; copy or write it again")
-    made = tar_index.build(_map(path, stamp), name, stamp)
+    before = next((old for place in places if (old := tar_index.load(place, origin.name, None)) is not None), None)
+    made = _build(origin, before)
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -148,4 +250,21 @@ def _index_of(path: Path, name: str, cache: Path) -> tar_index.Index:
         except OSError:  # read-only or full: an index is a convenience, the next run makes it again
             continue
         break
+    return made
+
+
+def _build(origin: _Origin, before: tar_index.Index | None) -> tar_index.Index:
+    name, stamp = origin.name, origin.stamp
+    origin.check()
+    if stamp[0] == 0:
+        raise DamageError(name, 0, "the file is empty; copy or write it again")
+    with origin.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        data.madvise(mmap.MADV_SEQUENTIAL)
+        made = tar_index.build(data, name, stamp, before)
+    origin.check()
+    if not made.keys:
+        at, why = 0, "files named key.field, such as 0001.jpg, are expected"
+        if made.events:
+            at, why = made.events[0].offset or 0, made.events[0].detail
+        raise DamageError(name, at, f"no sample can be read: {why}")
     return made

@@ -1,22 +1,30 @@
-"""A checked walk over the headers of a tar file: which regular files it holds, and where."""
+"""A checked walk over the headers of a tar file: which regular files it holds, where, and what is damaged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from mmpretrain.data.events import Cause
+from mmpretrain.data.headers import (
+    BLOCK,
+    Buffer,
+    Header,
+    find_header,
+    guess_name,
+    hides_name,
+    number,
+    on_grid,
+    parse,
+    pax_records,
+    swallowed_header,
+    text_of,
+)
 from mmpretrain.errors import InputError
 
-BLOCK = 512
 _MAX_NAME = 1 << 20  # bytes of one long name or pax header; a damaged size must not be believed
+_MAX_DAMAGES = 10_000
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class Buffer(Protocol):
-    """What the walk reads: bytes or a memory map."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class Member(NamedTuple):
@@ -27,8 +35,25 @@ class Member(NamedTuple):
     size: int
 
 
+class Damage(NamedTuple):
+    """Bytes `offset` to `end` that hold no readable member.
+
+    `name`: that of the member lost, as well as it can be told; `certain`: a sound header says so; `alone`: no
+    other member can have been there; `suspect`: the member before, if bytes were put into it or taken out.
+    """
+
+    offset: int
+    end: int
+    cause: Cause
+    detail: str
+    name: str | None
+    certain: bool = False
+    alone: bool = False
+    suspect: str | None = None
+
+
 class DamageError(InputError):
-    """A shard that is no sound tar file: the message names the shard and the offset in bytes."""
+    """A shard of which nothing can be read: the message names the shard and the offset in bytes."""
 
     def __init__(self, shard: str, offset: int, problem: str) -> None:
         super().__init__(f"{shard} at byte {offset}: {problem}")
@@ -40,127 +65,187 @@ class DamageError(InputError):
         return type(self), (self.shard, self.offset, self.problem)  # so that it crosses process borders whole
 
 
-def walk(data: Buffer, shard: str) -> Iterator[Member]:
-    """Yield the regular files of a tar (v7, ustar, GNU and pax formats); `shard` names it in errors.
+class _Bad(Exception):
+    """A member that cannot be read; `after`: where the next header lies, if that is known."""
 
-    Directories, links and devices are skipped. Raises `DamageError` for a wrong checksum, a size that leaves
-    the file, a missing end mark, bytes behind the end mark, and for compressed or sparse archives.
+    def __init__(self, cause: Cause, detail: str, name: str | None, after: int | None = None) -> None:
+        self.cause, self.detail, self.name, self.after = cause, detail, name, after
+
+
+def walk(data: Buffer, shard: str) -> Iterator[Member | Damage]:
+    """Yield the regular files of a tar (v7, ustar, GNU and pax formats) and the damaged places, in file order.
+
+    Directories, links and devices are skipped. Behind a damaged place the walk goes on at the next sound header.
+    Raises `DamageError`, naming `shard`, only for an empty file, a compressed one, one that is no tar, and for
+    more than 10,000 damaged places.
     """
+    _check_format(data, shard)
+    walker = _Walker(data)
+    damages = 0
+    while (found := walker.step()) is not None:
+        for item in found:
+            damages += isinstance(item, Damage)
+            yield item
+        if damages > _MAX_DAMAGES:
+            raise DamageError(shard, walker.position, f"over {_MAX_DAMAGES} damaged places; copy or write it again")
+    yield from walker.rest()
+
+
+def _check_format(data: Buffer, shard: str) -> None:
+    if len(data) == 0:
+        raise DamageError(shard, 0, "the file is empty; copy or write it again")
     for magic, name in _COMPRESSED.items():
         if data[: len(magic)] == magic:
             raise DamageError(shard, 0, f"this is {name} data; decompress it first, shards are read in place")
-    position = 0
-    shared: dict[str, str] = {}  # pax values for all following members
-    local: dict[str, str] = {}  # pax values and GNU long name for the next member
-    while True:
-        header = data[position : position + BLOCK]
-        if len(header) == BLOCK and not any(header):
-            return _check_end(data, position, shard)
-        kind, size = _check_header(header, position, shard)
-        start = position + BLOCK
-        if kind in b"LxXg":
-            _check_size(data, position, size, shard)
-            payload = _payload(data[start : start + min(size, _MAX_NAME + 1)], position, shard)
-            if kind == b"L":
-                local["path"] = text_of(payload.split(b"\0", 1)[0])
-            else:
-                (shared if kind == b"g" else local).update(_pax(payload, position, shard))
+    if parse(data[:BLOCK]) is None and _something(data, 0) and find_header(data, 1, has_magic=False) is None:
+        raise DamageError(shard, 0, "not a tar file (no header with a right checksum); copy or write it again")
+
+
+class _Walker:
+    """Where the walk is. A member is held back until the header behind it shows that its size was right."""
+
+    def __init__(self, data: Buffer) -> None:
+        self.data = data
+        self.position = 0  # of the next header
+        self.begin = 0  # of the present member, its pax and long-name headers included
+        self.shared: dict[str, str] = {}  # pax values for all following members
+        self.local: dict[str, str] = {}  # pax values and GNU long name for the next member
+        self.held: list[Member | Damage] = []
+        self.has_magic = False
+        self.nameless = False  # the next member's name is lost
+
+    def step(self) -> list[Member | Damage] | None:
+        """Read one header and return what is now certain; None at the end."""
+        data, position = self.data, self.position
+        block = data[position : position + BLOCK]
+        if not block.strip(b"\0") and not _something(data, position):
+            return None
+        if not self.local:
+            self.begin = position
+        header, named = parse(block), "path" in self.local
+        try:
+            if header is None:
+                raise self._unreadable(block)
+            self.has_magic = self.has_magic or block[257:262] == b"ustar"
+            member, self.position = self._read(header)
+        except _Bad as bad:
+            return self._resume(bad, named or header is not None)
+        if self.local or header.kind == b"g":  # it belongs to a header behind it
+            return []
+        nameless, self.nameless = self.nameless and not named, False
+        if nameless and isinstance(lost := self.held[-1], Damage):
+            self.held[-1] = lost._replace(end=self.position, name=None, alone=True)
+            return []
+        ready, self.held = self.held, [] if member is None else [member]
+        return ready
+
+    def rest(self) -> list[Member | Damage]:
+        """Return what is held back at the end, and the missing end mark if there is none."""
+        end = len(self.data)
+        if self.position < end or any(isinstance(item, Damage) for item in self.held):
+            return self.held
+        return [*self.held, Damage(end, end, "truncated", "no end mark; copy or write the shard again", None)]
+
+    def _unreadable(self, block: bytes) -> _Bad:
+        if not block.strip(b"\0"):
+            return _Bad("zeros", "zero blocks in the middle", self.local.get("path"))
+        if len(block) < BLOCK:
+            return _Bad("truncated", "the file ends inside a header", self.local.get("path"))
+        return _Bad("header", "a header with a wrong checksum", self.local.get("path") or guess_name(block))
+
+    def _read(self, header: Header) -> tuple[Member | None, int]:
+        """Return the member of a header, None if it is no regular file, and where the next header begins."""
+        data, start = self.data, self.position + BLOCK
+        kind, size, name = header
+        if kind in b"LKxXg":
+            self._check_size(start, size, None)
+            if size > _MAX_NAME:
+                raise _Bad("refused", f"a name or pax header of over {_MAX_NAME} bytes; shorten it", None)
+            self._extend(kind, data[start : start + size])
+            return None, on_grid(start + size, start)
+        values = {**self.shared, **self.local}
+        self.local = {}
+        name = values.get("path") or name
+        if "size" in values:
+            text = values["size"]
+            size = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+        if kind in b"123456" or (kind == b"\0" and name.endswith("/")):
+            size = 0  # links, devices, directories and pipes have no bytes, whatever their header says
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in values):
+            after = self._behind_sparse(start, size)
+            raise _Bad("refused", "a sparse member; write the shard without tar's --sparse", name, after)
+        self._check_size(start, size, name)
+        if (other := swallowed_header(data, start, size)) is not None:
+            raise _Bad("header", f"a size of {size} bytes that covers the next header", name, other)
+        regular = kind in b"07" or (kind == b"\0" and not name.endswith("/"))
+        return Member(name, start, size) if regular else None, on_grid(start + size, start)
+
+    def _check_size(self, start: int, size: int, name: str | None) -> None:
+        if size < 0:
+            raise _Bad("header", "no valid size", name)
+        if start + size > len(self.data):
+            raise _Bad("truncated", f"a member of {size} bytes leaves the file of {len(self.data)}", name)
+
+    def _extend(self, kind: bytes, payload: bytes) -> None:
+        if kind == b"L":
+            self.local["path"] = text_of(payload.split(b"\0", 1)[0])
+        elif kind == b"K":
+            self.local.setdefault("linkpath", "")
         else:
-            values = {**shared, **local}
-            local = {}
-            if kind == b"S" or any(name.startswith("GNU.sparse.") for name in values):
-                raise DamageError(shard, position, "sparse member; write the shard without tar's --sparse")
-            if "size" in values:
-                size = _decimal(values["size"], position, shard)
-            name = values.get("path") or _name(header)
-            if kind in b"123456" or (kind == b"\0" and name.endswith("/")):
-                size = 0  # links, devices, directories and pipes have no bytes, whatever their header says
-            _check_size(data, position, size, shard)
-            if kind in b"07" or (kind == b"\0" and not name.endswith("/")):
-                yield Member(name, start, size)
-        position = start + -(-size // BLOCK) * BLOCK
+            try:
+                (self.shared if kind == b"g" else self.local).update(pax_records(payload) or {"": ""})
+            except ValueError as error:
+                raise _Bad("header", str(error), None) from error
+
+    def _behind_sparse(self, start: int, size: int) -> int:
+        """Skip the blocks of GNU's old sparse map; pax writes none."""
+        data, flag = self.data, _byte_at(self.data, start - BLOCK + 482)
+        while flag and start < len(data):
+            flag = _byte_at(data, start + 504)
+            start += BLOCK
+        return on_grid(start + max(size, 0), start)
+
+    def _resume(self, bad: _Bad, certain: bool) -> list[Member | Damage]:
+        """Hold the damage and go on at the next sound header."""
+        data, begin, position = self.data, self.begin, self.position
+        again = bad.after
+        if again is None or parse(data[again : again + BLOCK]) is None:
+            again = find_header(data, position + 1, self.has_magic)
+        after = len(data) if again is None else again
+        cause: Cause = "header" if bad.cause == "truncated" and again is not None else bad.cause
+        certain = certain and bad.name is not None
+        lost = Damage(begin, after, cause, bad.detail, bad.name, certain, self._alone(position, again))
+        self.nameless = again is not None and not certain and hides_name(data, position, after)
+        self.local, self.position = {}, after
+        ready, self.held = self.held, [lost]
+        if ready and isinstance(before := ready[-1], Member) and self._shifted(before):
+            self.held = [lost._replace(suspect=before.name)]
+        return ready
+
+    def _alone(self, position: int, again: int | None) -> bool:
+        """Tell whether a damaged header's size leads just to the next sound header, or to the end."""
+        size = number(self.data[position + 124 : position + 136]) if position + BLOCK <= len(self.data) else None
+        if size is None:
+            return False
+        after = on_grid(position + BLOCK + size, position)
+        return after == again or (again is None and not _something(self.data, after))
+
+    def _shifted(self, member: Member) -> bool:
+        """Tell whether a member's bytes are not followed by zeros up to the next block: more were put in."""
+        end = member.offset + member.size
+        return bool(self.data[end : on_grid(end, member.offset)].strip(b"\0"))
 
 
-def text_of(raw: bytes) -> str:
-    """Decode a name: UTF-8, other bytes kept as surrogate escapes."""
-    return raw.decode("utf-8", "surrogateescape")
+def _byte_at(data: Buffer, position: int) -> int:
+    """Return the byte at a position, 0 behind the end."""
+    byte = data[position : position + 1]
+    return byte[0] if byte else 0
 
 
-def _check_header(header: bytes, position: int, shard: str) -> tuple[bytes, int]:
-    """Return type and size of a header whose length and checksum are right."""
-    if not header:
-        raise DamageError(shard, position, "no end mark, so the file is not complete; copy or write it again")
-    if len(header) < BLOCK:
-        raise DamageError(shard, position, "the file ends inside a header; copy or write it again")
-    unsigned = sum(header) - sum(header[148:156]) + 8 * 32
-    if (stored := _octal(header[148:156])) != unsigned:
-        high = sum(1 for byte in header[:148] + header[156:] if byte > 127)
-        if stored != unsigned - 256 * high:  # some old writers summed signed bytes
-            problem = "not a tar file" if position == 0 else "damaged header"
-            raise DamageError(shard, position, f"{problem} (wrong checksum); copy or write it again")
-    size = _octal(header[124:136])
-    if size is None or size < 0:
-        raise DamageError(shard, position, "damaged header (no valid size); copy or write it again")
-    return header[156:157], size
-
-
-def _check_size(data: Buffer, position: int, size: int, shard: str) -> None:
-    if position + BLOCK + size > len(data):
-        raise DamageError(
-            shard,
-            position,
-            f"a member of {size} bytes leaves the file of {len(data)}; copy or write it again",
-        )
-
-
-def _check_end(data: Buffer, position: int, shard: str) -> None:
-    """Refuse what readers would silently leave out: a second archive behind the first one's end."""
-    while chunk := data[position : position + (1 << 20)]:
-        if any(chunk):
-            raise DamageError(shard, position, "bytes behind the end mark; join tar files with `tar --concatenate`")
+def _something(data: Buffer, position: int) -> bool:
+    """Tell whether a byte from `position` on is not zero."""
+    while chunk := data[position : position + (1 << 16)]:
+        if chunk.strip(b"\0"):
+            return True
         position += len(chunk)
-
-
-def _payload(raw: bytes, position: int, shard: str) -> bytes:
-    if len(raw) > _MAX_NAME:
-        raise DamageError(shard, position, f"a name or pax header of over {_MAX_NAME} bytes; shorten it")
-    return raw
-
-
-def _octal(raw: bytes) -> int | None:
-    """Read a number field: octal digits, or base 256 where the highest bit of the first byte is set (GNU)."""
-    if raw[0] & 0x80:
-        value = int.from_bytes(raw, "big") & ((1 << (8 * len(raw) - 1)) - 1)
-        return value if raw[0] == 0x80 else None  # 0xff begins a negative number
-    digits = raw.split(b"\0", 1)[0].strip(b" ")
-    if digits.strip(b"01234567"):
-        return None
-    return int(digits or b"0", 8)
-
-
-def _decimal(text: str, position: int, shard: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise DamageError(shard, position, "damaged pax header (no valid size); copy or write it again")
-    return int(text)
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    prefix = header[345:500].split(b"\0", 1)[0]
-    if prefix and header[257:263] == b"ustar\0":  # GNU's own format keeps times there
-        name = prefix + b"/" + name
-    return text_of(name)
-
-
-def _pax(payload: bytes, position: int, shard: str) -> dict[str, str]:
-    """Read the `LENGTH KEYWORD=VALUE newline` records of a pax header."""
-    values: dict[str, str] = {}
-    while payload.strip(b"\0"):
-        length, space, _ = payload[:20].partition(b" ")
-        end = int(length) if length.isdigit() and space else 0
-        keyword, equals, value = payload[len(length) + 1 : max(end - 1, 0)].partition(b"=")
-        if not equals or payload[end - 1 : end] != b"\n" or (keyword == b"path" and b"\0" in value):
-            raise DamageError(shard, position, "damaged pax header; copy or write it again")
-        values[text_of(keyword)] = text_of(value)
-        payload = payload[end:]
-    return values
+    return False

@@ -35,6 +35,13 @@ _CURVES = (  # title, column (or first part of columns), unit, whether the axis 
     ("Learning rate", "lr", "", False),
     ("Throughput", "samples_per_second", " samples/s", True),
 )
+_HEALTH = (  # likewise, of the panel that shows what is wrong before the loss does
+    ("Gradient norm", "grad_norm", "", True),
+    ("Logits", "logits", "", False),
+    ("Temperature", "temperature", "", True),
+    ("Embedding rank", "embedding_rank", "", True),
+    ("Modality gap", "modality_gap", "", True),
+)
 
 
 class Report(NamedTuple):
@@ -97,6 +104,7 @@ class History(NamedTuple):
     """The drawings of a run, its last step and its median speed in samples per second, where known."""
 
     curves: list[Curve]
+    health: list[Curve]
     steps: int | None
     speed: float | None
 
@@ -176,10 +184,13 @@ def _history(rows: Sequence[dict[str, float]]) -> History:
                 f"row {number} of the report's history has no number 'step' but {sorted(row)}; expected one "
                 "in every row: log the step with the metrics"
             )
-    curves = [curve for curve in (_curve(rows, *curve) for curve in _CURVES) if curve.summary]
+    curves, health = (
+        [curve for curve in (_curve(rows, *described) for described in panel) if curve.summary]
+        for panel in (_CURVES, _HEALTH)
+    )
     steps = max((int(row["step"]) for row in rows), default=None)
     speeds = [speed for _, speed in _known(rows, "samples_per_second") if math.isfinite(speed)]
-    return History(curves, steps, statistics.median(speeds) if speeds else None)
+    return History(curves, health, steps, statistics.median(speeds) if speeds else None)
 
 
 def _known(rows: Sequence[dict[str, float]], column: str) -> list[tuple[float, float]]:

@@ -1,13 +1,10 @@
-"""What happens around the steps: measuring, the progress line, evaluation, stopping cleanly."""
+"""What happens around the steps: measuring, the progress line, evaluation."""
 
 from __future__ import annotations
 
 import difflib
-import signal
-import threading
 import time
-from pathlib import Path
-from types import FrameType
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +24,8 @@ from mmpretrain.distributed import sum_over_ranks, world_size
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.run import Evaluators, run_evaluators
 from mmpretrain.pretrained import Pretrained
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.watchdog import paused
 from mmpretrain.types import Tokenizer
 
 
@@ -56,7 +55,7 @@ class Metrics(Callback):
         self.latest = {k: float(sum_over_ranks(v)) / world_size() for k, v in module.history.items()}
         self.latest["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         now, (then, first) = time.perf_counter(), self.since
-        samples = (step - first) * trainer.datamodule.global_batch_size * len(batch)  # type: ignore[attr-defined]
+        samples = (step - first) * trainer.datamodule.global_batch_size * len(batch.batches)  # type: ignore[attr-defined]
         self.latest["samples_per_second"] = samples / max(now - then, 1e-9)
         self.since = (now, step)
         for logger in trainer.loggers:
@@ -149,8 +148,9 @@ class Evaluation(Callback):
         tokenizer: Tokenizer,
         every_n_steps: int = 0,
         monitor: str | None = None,
+        ema: EMA | None = None,
     ) -> None:
-        self.monitor = monitor
+        self.monitor, self.ema = monitor, ema
         self.evaluators, self.preprocess, self.tokenizer = evaluators, preprocess, tokenizer
         self.every_n_steps = every_n_steps
         self.metrics: dict[str, float] = {}
@@ -161,8 +161,15 @@ class Evaluation(Callback):
         due = self.every_n_steps > 0 and step % self.every_n_steps == 0
         if not (due or step == trainer.max_steps):
             return
+        with paused(trainer, "evaluating"):
+            self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: Trainer, module: Any) -> None:
+        """Run the evaluators, on the moving average of the weights where there is one, and log the values."""
         pretrained = Pretrained(module.model, self.preprocess, self.tokenizer)
-        self.metrics = {f"val/{name}": value for name, value in run_evaluators(pretrained, self.evaluators).items()}
+        with nullcontext() if self.ema is None else self.ema.applied(module.model):
+            found = run_evaluators(pretrained, self.evaluators)
+        self.metrics = {f"val/{name}": value for name, value in found.items()}
         if self.monitor is not None and self.monitor not in self.metrics:
             close = difflib.get_close_matches(self.monitor, self.metrics, n=3, cutoff=0.3)
             raise InputError(
@@ -170,7 +177,9 @@ class Evaluation(Callback):
             )
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in self.metrics.items() if k.count("/ci_") == 0}, step=step)
+            logger.log_metrics(
+                {k: v for k, v in self.metrics.items() if k.count("/ci_") == 0}, step=trainer.global_step
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Metrics):
                 callback.pause()
@@ -180,60 +189,3 @@ class Evaluation(Callback):
         for evaluator in self.evaluators.values():
             if hasattr(evaluator, "data"):
                 evaluator.data(transform=self.preprocess)
-
-
-class SaveAtEnd(Callback):
-    """Save a checkpoint at the last step, before anything is evaluated: what fails later costs no training."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Save where this is the last step."""
-        if trainer.global_step == trainer.max_steps:
-            trainer.save_checkpoint(self.path)
-
-
-class StopOnInterrupt(Callback):
-    """Ctrl-C ends the run after the step it falls in, with a checkpoint; a second one ends it at once.
-
-    The handler only sets a flag: a checkpoint written in the middle of a step would not be one.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self.previous: Any = None
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take over Ctrl-C."""
-        if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
-            self.previous = signal.signal(signal.SIGINT, self._note)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Stop here if Ctrl-C was pressed on any rank."""
-        if world_size() > 1:  # the terminal signals every local rank, but not at the same step
-            flag = sum_over_ranks(torch.tensor([float(self.interrupted)], device=module.device))
-            self.interrupted = bool(flag.item() > 0)
-        if self.interrupted:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Give Ctrl-C back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back."""
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        self._restore()
-
-    def _restore(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None

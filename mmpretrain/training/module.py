@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.data.datamodule import Step
 from mmpretrain.distributed import rank
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
@@ -20,6 +23,19 @@ from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Loss, Outputs
 
 MAX_LOGIT_SCALE = 100.0
+
+
+def seed_everything_for(seed: int, step: int, rank: int) -> None:
+    """Seed Python's, NumPy's and torch's generators from seed, step and rank alone.
+
+    So dropout, patch dropout and whatever a user's loss draws are the same after a resume, and no state of a generator
+    has to be saved; ranks draw different numbers.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+    number = int.from_bytes(digest, "little")
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002 (the global generator is what a user's code may draw from)
+    torch.manual_seed(number)
 
 
 class TrainingModule(lightning.LightningModule):
@@ -68,6 +84,8 @@ class TrainingModule(lightning.LightningModule):
             raise InputError("batch norm would see each micro-batch alone; set trainer.micro_batch_size=null")
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.history: dict[str, Tensor] = {}
+        self.embeddings: dict[str, dict[str, Tensor]] = {}
+        self.skipped: Tensor | None = None  # () 1 where the last step was skipped (NonFiniteGuard), else 0; on the device
 
     def forward(self, batch: Batch) -> Outputs:
         """Run the model on one source's batch, in micro-batches where they are set."""
@@ -76,15 +94,14 @@ class TrainingModule(lightning.LightningModule):
             return outputs
         return forward_in_micro_batches(self.model, batch, self.micro_batch_size)
 
-    def training_step(self, batches: dict[str, Batch], batch_index: int) -> Tensor:
+    def training_step(self, step: Step, batch_index: int) -> Tensor:
         """Sum the weighted losses of every source."""
-        # Patch dropout draws from it: the same after a resume, another one on each rank.
-        digest = hashlib.blake2b(f"{self.seed}/{self.global_step}/{rank()}".encode(), digest_size=7).digest()
-        torch.manual_seed(int.from_bytes(digest, "little"))
+        seed_everything_for(self.seed, self.global_step, rank())
         total = torch.zeros((), device=self.device)
-        self.history = {}
-        for batch in batches.values():
+        self.history, self.embeddings = {}, {}
+        for source, batch in step.batches.items():
             outputs = self.forward(batch)
+            self.embeddings[source] = {m: e.detach() for m, e in outputs.embeddings.items()}
             for name, loss in self.losses.items():
                 weight = self.weights.get(name, 1.0)
                 if weight:
@@ -110,6 +127,9 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build optimizer and scheduler; the number of steps comes from the config, never from the trainer."""
         optimizer = self.optimizer(self.groups(self.model, self.weight_decay))
+        # Fused kernels could take gradient scales away themselves, and Lightning refuses to clip beside them. Ours get
+        # gradients without a scale, before clipping.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         if self.scheduler is None:
             return optimizer
         return {

@@ -13,16 +13,18 @@ from mmpretrain.data.order import Order, Position
 from mmpretrain.errors import InputError
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=8)
+LARGE_SIZES = st.lists(st.integers(8, 12), min_size=16, max_size=24)
 
 
 def orders(draw_shuffle: bool | None = None) -> st.SearchStrategy[tuple[list[int], Order]]:
     @st.composite
     def build(draw: st.DrawFn) -> tuple[list[int], Order]:
-        sizes = draw(SIZES.filter(lambda sizes: sum(sizes) > 0))
-        batch = draw(st.integers(1, sum(sizes)))
+        sizes = draw(st.one_of(SIZES.filter(lambda sizes: sum(sizes) > 0), LARGE_SIZES))
+        batch = draw(st.integers(1, sum(sizes)) if len(sizes) < 16 else st.sampled_from([32, 48, 64, 96]))
         shuffle = draw(st.booleans()) if draw_shuffle is None else draw_shuffle
         seed = draw(st.integers(0, 2**70))
-        return sizes, Order(sizes, batch, seed, shuffle=shuffle, window=draw(st.integers(1, 10)))
+        window, lanes = draw(st.integers(1, 10)), draw(st.integers(1, 10))
+        return sizes, Order(sizes, batch, seed, shuffle=shuffle, window=window, lanes=lanes)
 
     return build()
 
@@ -72,18 +74,98 @@ def test_without_shuffle_the_order_is_sequential(case: tuple[list[int], Order], 
     assert seen == list(range(len(seen)))
 
 
-@given(orders(draw_shuffle=True), st.integers(0, 2))
-def test_samples_stay_inside_their_window_of_shards(case: tuple[list[int], Order], number: int) -> None:
+def simple_order(sizes: list[int], seed: int, window: int, epoch: int, lanes: int = 1) -> list[list[int]]:
+    """The samples of each lane in one epoch, by the shortest way: `window` is the shards of one lane's window."""
+
+    def shuffled(values: list[int], *stream: int) -> list[int]:
+        words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch, *stream))).random_raw(len(values))
+        return [values[i] for i in sorted(range(len(values)), key=lambda i: int(words[i]))]
+
+    shards = shuffled(list(range(len(sizes))), 0)
+    row = [(place, sum(sizes[:s]) + i) for place, s in enumerate(shards) for i in range(sizes[s])]
+    pieces = [row[lane * len(row) // lanes : (lane + 1) * len(row) // lanes] for lane in range(lanes)]
+    found: list[list[int]] = []
+    for lane, piece in enumerate(pieces):
+        first = piece[0][0] if lane else 0
+        windows = itertools.groupby(piece, key=lambda item: (item[0] - first) // window)
+        streams = [((number + 1, lane) if lane else (number + 1,), [i for _, i in items]) for number, items in windows]
+        found.append([index for stream, samples in streams for index in shuffled(samples, *stream)])
+    return found
+
+
+@given(SIZES, st.integers(0, 2**70), st.integers(1, 10), st.integers(0, 2), st.data())
+def test_one_lane_is_a_shuffle_in_windows_of_shards(
+    sizes: list[int], seed: int, window: int, epoch: int, data: st.DataObject
+) -> None:
+    assume(sum(sizes) > 0)
+    order = Order(sizes, data.draw(st.integers(1, sum(sizes))), seed, window=window, lanes=1)
+    seen = epoch_of(order, epoch)
+    (row,) = simple_order(sizes, seed, window, epoch)
+    assert seen == row[: len(seen)]
+
+
+@given(LARGE_SIZES, st.integers(1, 128), st.integers(1, 4), st.integers(1, 12))
+def test_as_many_lanes_as_divide_the_batch_and_have_shards(
+    sizes: list[int], batch: int, window: int, lanes: int
+) -> None:
+    possible = [n for n in range(1, lanes + 1) if batch % n == 0 and n * window <= len(sizes) and batch // n >= 16]
+    assert Order(sizes, batch, 0, window=window, lanes=lanes).lanes == max([1, *possible])
+    assert Order(sizes, batch, 0, shuffle=False, window=window, lanes=lanes).lanes == 1
+
+
+def test_small_data_has_one_lane_and_is_shuffled_as_a_whole() -> None:
+    assert Order([500] * 31, 4096, 0).lanes == 1
+    assert Order([500] * 32, 4096, 0).lanes == 2
+    assert Order([500] * 10_000, 4096, 0).lanes == 256
+    assert Order([500] * 10_000, 3072, 0).lanes == 192
+    assert Order([500] * 10_000, 256, 0).lanes == 16
+
+
+LANED = st.tuples(LARGE_SIZES, st.sampled_from([64, 96, 128]), st.integers(0, 99))
+
+
+@given(LANED, st.integers(0, 2), st.integers(1, 12))
+def test_every_lane_walks_its_own_piece_of_the_shuffled_shards(
+    case: tuple[list[int], int, int], epoch: int, window: int
+) -> None:
+    sizes, batch, seed = case
+    order = Order(sizes, batch, seed, window=window, lanes=4)
+    pieces = simple_order(sizes, seed, max(1, window // order.lanes), epoch, order.lanes)
+    share = batch // order.lanes
+    for step in range(order.steps_per_epoch):
+        drawn = [p.index for p in order.batch(epoch * order.steps_per_epoch + step)]
+        assert drawn == [i for piece in pieces for i in piece[step * share : (step + 1) * share]]
+
+
+@given(orders(), st.integers(0, 40), st.data())
+def test_rows_of_a_batch_and_the_shards_they_lie_in(
+    case: tuple[list[int], Order], step: int, data: st.DataObject
+) -> None:
     sizes, order = case
+    whole = order.batch(step)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    alone = pickle.loads(pickle.dumps(order))
+    assert alone.batch(step, start, stop) == whole[start:stop]
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
-    first_seen: dict[int, int] = {}
-    last_seen: dict[int, int] = {}
-    for place, index in enumerate(epoch_of(order, number)):
-        first_seen.setdefault(int(shard_of[index]), place)
-        last_seen[int(shard_of[index])] = place
-    for place in range(order.steps_per_epoch * len(order.batch(0))):
-        open_shards = [shard for shard in first_seen if first_seen[shard] <= place <= last_seen[shard]]
-        assert len(open_shards) <= order._window
+    assert alone.shards(step, start, stop) == sorted({int(shard_of[p.index]) for p in whole[start:stop]})
+
+
+@given(LANED, st.sampled_from([1, 2, 4]), st.integers(0, 30))
+def test_a_rank_reads_only_the_shards_of_its_lanes(
+    case: tuple[list[int], int, int], world_size: int, first_step: int
+) -> None:
+    sizes, batch, seed = case
+    share = batch // world_size
+    for rank in range(world_size):
+        order = Order(sizes, batch, seed, window=4, lanes=4)
+        for step in range(first_step, first_step + 3):
+            pieces = simple_order(sizes, seed, 1, step // order.steps_per_epoch, 4)
+            owned = itertools.chain(*pieces[4 * rank // world_size : 4 * (rank + 1) // world_size])
+            shard_of = np.repeat(np.arange(len(sizes)), sizes)
+            allowed = {int(shard_of[index]) for index in owned}
+            assert set(order.shards(step, rank * share, (rank + 1) * share)) <= allowed
+        assert set(order._windows) <= set(range(4 * rank // world_size, 4 * (rank + 1) // world_size))
 
 
 def test_seed_and_epoch_change_the_order_and_nothing_else_does() -> None:
@@ -99,9 +181,10 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does() -> None:
     assert len({tuple(other) for other in others}) == 3
 
 
-def test_the_batch_size_does_not_change_the_stream_of_samples() -> None:
+def test_the_batch_size_does_not_change_the_stream_of_one_lane() -> None:
     sizes = [10, 30, 20, 4]
-    assert epoch_of(Order(sizes, 8, 3, window=2), 2) == epoch_of(Order(sizes, 32, 3, window=2), 2)
+    few, many = (Order(sizes, batch, 3, window=2, lanes=1) for batch in (8, 32))
+    assert epoch_of(few, 2) == epoch_of(many, 2)
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
@@ -124,6 +207,26 @@ def test_the_order_is_the_same_in_every_version() -> None:
         3,
     ]
     assert order.batch(2)[0] == Position(1, 7)
+    order = Order([20, 9, 30, 12, 25, 16], 48, seed=1, window=2)
+    assert order.lanes == 3
+    assert [position.index for position in order.batch(0)[::6] + order.batch(3)[::6]] == [
+        36,
+        38,
+        32,
+        67,
+        2,
+        5,
+        92,
+        84,
+        3,
+        77,
+        79,
+        110,
+        27,
+        24,
+        53,
+        46,
+    ]
 
 
 def test_samples_are_mixed_well_inside_a_window() -> None:
@@ -134,7 +237,7 @@ def test_samples_are_mixed_well_inside_a_window() -> None:
     assert np.abs(places.mean(0) - 24.5).max() < 5 * error
 
 
-def test_memory_is_that_of_shards_and_one_window() -> None:
+def test_memory_is_that_of_shards_and_one_window_of_each_lane() -> None:
     tracemalloc.start()
     try:
         order = Order([10_000] * 10_000, 4096, seed=0, window=4)  # 100 million samples
@@ -161,6 +264,9 @@ def test_bad_numbers_are_refused(sizes: list[int], batch: int, seed: int, window
         Order(sizes, batch, seed, window=window)
 
 
-def test_a_negative_step_is_refused() -> None:
+def test_steps_and_rows_that_do_not_exist_are_refused() -> None:
     with pytest.raises(InputError, match="step is -1"):
         Order([3], 1, 0).batch(-1)
+    for rows in ((0, 3), (2, 1), (-1, 1)):
+        with pytest.raises(InputError, match="asked of a global batch of 2"):
+            Order([3], 2, 0).batch(0, *rows)

@@ -340,6 +340,22 @@ def test_numbers_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
     assert "nan%" not in str(page.elements)
 
 
+def test_the_health_panel_draws_what_was_measured(tmp_path: Path) -> None:
+    rows = history(20)
+    for row in rows[::10]:
+        row |= {"grad_norm/image": 2.0, "grad_norm/text": math.nan, "temperature": 0.07, "embedding_rank/image": 24.0}
+        row |= {f"logits/image-text/{name}": 5.0 for name in ("positive", "negative", "hardest_negative")}
+        row["modality_gap/image-text"] = 0.7
+    page = written(tmp_path, EMPTY._replace(history=rows))
+    assert "Health" in page.words
+    for title in ("Gradient norm", "Logits", "Temperature", "Embedding rank", "Modality gap"):
+        assert title in page.words
+    assert "text: 2 of 2 values are not finite numbers" in page.words
+    assert "image-text · hardest negative: 5" in page.words
+    assert len(page.all("svg")) == 9
+    assert "Health" not in written(tmp_path, EMPTY._replace(history=history(20))).words
+
+
 def test_metrics_without_chance_or_interval_have_no_bar(tmp_path: Path) -> None:
     page = written(tmp_path, EMPTY._replace(metrics={"val/loss": 0.5, "val/median_rank": 1.0}))
     assert not [element for element in page.all("div") if element.get("class") == "bar"]

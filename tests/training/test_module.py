@@ -17,6 +17,7 @@ from mmpretrain import (
     PredictionLoss,
     SigmoidLoss,
 )
+from mmpretrain.data.step import Step, Trace
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.optim import parameter_groups
@@ -100,7 +101,7 @@ def module(**options) -> TrainingModule:
 def test_losses_are_weighted_and_summed():
     torch.manual_seed(0)
     step = module(weights={"contrastive": 1.0, "caption": 2.0})
-    total = step.training_step({"image_text": models.batch(4)}, 0)
+    total = step.training_step(Step({"image_text": models.batch(4)}, Trace({}, {})), 0)
     history = step.history
     assert total.item() == pytest.approx((history["loss/contrastive"] + 2 * history["loss/caption"]).item())
     assert history["loss/total"].item() == pytest.approx(total.item())
@@ -108,8 +109,8 @@ def test_losses_are_weighted_and_summed():
 
 def test_sources_are_summed_and_a_loss_of_weight_zero_is_not_computed():
     step = module(weights={"caption": 0.0})
-    one = step.training_step({"a": models.batch(4)}, 0)
-    both = step.training_step({"a": models.batch(4), "b": models.batch(4)}, 0)
+    one = step.training_step(Step({"a": models.batch(4)}, Trace({}, {})), 0)
+    both = step.training_step(Step({"a": models.batch(4), "b": models.batch(4)}, Trace({}, {})), 0)
     assert both.item() == pytest.approx(2 * one.item())
     assert "loss/caption" not in step.history
 

@@ -1,0 +1,141 @@
+"""`mmpretrain reproduce RUN`: run a run again, from its manifest, and compare what was logged."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.utilities import rank_zero_only
+
+from mmpretrain.composition import register_resolvers
+from mmpretrain.data.shards import Shard
+from mmpretrain.diff import compare_logs, compare_samples
+from mmpretrain.distributed import run_id
+from mmpretrain.errors import EXIT_DONE, EXIT_FAILED, InputError
+from mmpretrain.provenance import changes, comparable, hardware, packages, read
+from mmpretrain.secrets import HIDDEN, masked
+
+OWN = ("run_dir", "resume")
+"""Overrides that say where a run writes, not what it computes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `mmpretrain reproduce ARGV`; returns 0 where the logs are equal, 1 where not, else what training returned."""
+    parser = argparse.ArgumentParser(
+        prog="mmpretrain reproduce",
+        description="Run a run again, as its manifest.json describes it, and compare losses and samples step by step. "
+        "Exit status: 0 identical, 1 different, 2 wrong input.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as trainer.devices=1")
+    parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that counts as equal (default: 0)")
+    args = parser.parse_args(argv)
+    if args.rtol < 0:
+        raise InputError(f"--rtol is {args.rtol}; give at least 0")
+    return reproduce(args.run.resolve(), args.overrides, args.rtol)
+
+
+def reproduce(run: Path, overrides: Sequence[str], rtol: float) -> int:
+    """Check that everything is as it was, train again into `run_dir` or `RUN/reproduced/<time>`, and compare."""
+    recorded = read(run)
+    command = recorded["command"]
+    folder = next((Path(o.partition("=")[2]) for o in overrides if o.startswith("run_dir=")), None)
+    target = run / "reproduced" / run_id() if folder is None else folder.resolve()
+    again = [o for o in command["overrides"] if o.lstrip("+~").partition("=")[0] not in OWN]
+    given = [o for o in overrides if not o.startswith("run_dir=")]
+    hidden = {key for key, _, value in (o.partition("=") for o in again) if HIDDEN in value}
+    if unknown := sorted(hidden - {o.partition("=")[0] for o in given}):
+        raise InputError(f"the manifest does not hold the secret value of {unknown[0]}; give it: {unknown[0]}=...")
+    with _inside(Path(command["folder"])):
+        for line in differences(recorded, again) if _first_rank() else ():
+            print(f"mmpretrain: warning: {line}", file=sys.stderr)
+        check_shards(recorded)
+        configs = [word for path in command["configs"] for word in ("--config-dir", path)]
+        status = _train([*configs, *again, *given, f"run_dir={target}"])
+    if status != EXIT_DONE or not _first_rank():
+        return status
+    columns = [column for column in compare_logs(run, target, rtol) if column.steps]
+    samples = compare_samples(run, target)
+    for line in [*(column.line for column in columns), *([] if samples is None else [samples.line])]:
+        print(line)
+    if not columns:
+        raise InputError(f"{run} and {target} have logged no step in common; nothing could be compared")
+    equal = all(column.step is None for column in columns) and (samples is None or samples.step is None)
+    print(f"{'reproduced' if equal else 'NOT reproduced'}: {run} by {target}")
+    return EXIT_DONE if equal else EXIT_FAILED
+
+
+def differences(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """Name what is no longer as the manifest says: the config that the overrides make, packages and hardware."""
+    before = comparable(recorded)
+    config = resolved(overrides, recorded["command"]["configs"])
+    now = {"config": {key: value for key, value in config.items() if key not in OWN}, "packages": packages()}
+    parts = {part: before[part] for part in now}
+    for key, (old, new) in changes(parts, now).items():
+        yield f"{key} was {old!r}, now it is {new!r}"
+    # The number of ranks is known only inside the run.
+    here = {**hardware(1), "world_size": before["hardware"]["world_size"]}
+    for key, (old, new) in changes(before["hardware"], here).items():
+        yield f"hardware.{key} was {old!r}, now it is {new!r}"
+
+
+def resolved(overrides: Sequence[str], configs: Sequence[str]) -> dict[str, Any]:
+    """Compose the training config of the overrides as `mmpretrain train` would, resolved and without secrets."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    further = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in configs)}]"] if configs else []
+    with initialize_config_module("mmpretrain.configs", version_base="1.3"):
+        config = compose("train", overrides=[*further, *overrides, "run_dir=."])
+    return dict(masked(config))
+
+
+def check_shards(recorded: Mapping[str, Any]) -> None:
+    """Raise `InputError` naming the first shard that is not the one the run has read.
+
+    Shards that are not there are left to the run where it prepares its own data.
+    """
+    prepared = recorded["config"].get("data", {}).get("module", {}).get("prepare") is not None
+    for source, found in recorded["shards"].items():
+        for name, samples, _, digest in found["shards"]:
+            try:
+                shard = Shard(name)
+            except InputError:
+                if prepared:
+                    return
+                raise
+            if shard.digest != digest:
+                raise InputError(
+                    f"{source}: shard {name} is not the one the run has read ({len(shard)} samples with digest "
+                    f"{shard.digest:.12}, then {samples} with {digest:.12}); give back the shard as it was"
+                )
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work in the folder the run was started in, where that still exists: paths may be relative to it."""
+    if not folder.is_dir():
+        yield
+        return
+    with contextlib.chdir(folder):
+        yield
+
+
+def _first_rank() -> bool:
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def _train(arguments: list[str]) -> int:
+    from mmpretrain.cli import main as command
+
+    original = list(sys.argv)
+    sys.argv = [original[0], "train", *arguments]  # further local ranks are started with this process's command line
+    try:
+        return command(sys.argv[1:])
+    finally:
+        sys.argv = original
