@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check test learning bench docs
+.PHONY: help install check test learning faults bench docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,9 @@ test:  ## every test but those that train small models
 
 learning:  ## only the tests that train a small model and check that it learned
 	$(PYTHON) -m pytest -m learning
+
+faults:  ## the long form of every fault: kills, signals, mutations, hostile input (over an hour)
+	@grep -lE '^def main' tests/faults/*.py | sort | while read -r file; do $(PYTHON) -m "tests.faults.$$(basename "$$file" .py)" || exit 1; done
 
 bench:  ## every benchmark, one after the other
 	@find benchmarks -name '*.py' ! -name '_*' | sort | while read -r file; do $(PYTHON) -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done

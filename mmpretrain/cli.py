@@ -26,7 +26,8 @@ USAGE = """usage: mmpretrain COMMAND ...
 
   mmpretrain train [key=value ...]                        train (without arguments: a demo of a few minutes)
   mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate a saved model zero-shot
-  mmpretrain shards write SOURCE OUT | list PATH | check PATH...    make shards, or see what is in them
+  mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
+  mmpretrain shards check PATH... | index PATH...         find what is wrong with them, or index them
   mmpretrain reproduce RUN                                run a run again and compare
   mmpretrain diff RUN1 RUN2                               what differs between two runs
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
 from mmpretrain.evaluation.embed import embed_images, embed_texts
 from mmpretrain.evaluation.report import Gallery, Report, write_report
 from mmpretrain.evaluation.retrieval import Retrieval, captions_of
 from mmpretrain.pretrained import Pretrained
+from mmpretrain.secrets import masked_yaml
 
 PACKAGES = (
     "mmpretrain-contrastive",
@@ -46,7 +47,7 @@ def report_run(
             title=config.name,
             metrics=dict(metrics),
             history=history(folder / "metrics.csv"),
-            config_yaml=OmegaConf.to_yaml(config, resolve=True),
+            config_yaml=masked_yaml(config),
             versions=versions(),
             card=card(config.data.get("card")),
             gallery=gallery(pretrained, evaluators),

@@ -11,10 +11,11 @@ from typing import IO, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
+from mmpretrain.secrets import masked_yaml
 from mmpretrain.training.checkpoint import newest, shapes
 from mmpretrain.training.folder import checkpoints, step_of
 from mmpretrain.training.manifest import MANIFEST, verify
@@ -46,7 +47,7 @@ class Run(NamedTuple):
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+        (self.folder / "config.yaml").write_text(masked_yaml(config), encoding="utf-8")
         link = self.folder.parent / "latest"
         if link.is_symlink() or not link.exists():
             temporary = link.with_name(f".latest.{os.getpid()}")

@@ -35,6 +35,11 @@ def masked(config: Any) -> Any:
         return _masked(OmegaConf.to_container(container, resolve=True))
 
 
+def masked_yaml(config: Any) -> str:
+    """Return what `masked` does as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(masked(config)))
+
+
 def masked_text(text: str) -> str:
     """Return a message or address without user names, passwords and signatures in the addresses it holds."""
     return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))

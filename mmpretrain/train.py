@@ -81,8 +81,7 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     if trainer.is_global_zero:
         run.start(config)
         stack.callback(run.end)
-        described: Any = OmegaConf.to_container(config, resolve=True)
-        record(run.folder, manifest(described, data.shards, trainer.world_size), run.step)
+        record(run.folder, manifest(config, data.shards, trainer.world_size), run.step)
         for line in _beginning(run, data, trainer.world_size):
             print(line, file=sys.stderr)
     fit(trainer, module, data, run)

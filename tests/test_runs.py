@@ -156,12 +156,15 @@ def test_at_the_last_step_only_a_finished_run_has_nothing_left(tmp_path):
 def test_two_processes_never_write_one_run(tmp_path):
     run = Run(tmp_path / "a", None)
     run.start(config(run.folder))
-    code = (
-        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from mmpretrain.runs import Run\n"
-        "Run(Path(sys.argv[1]), None).start(OmegaConf.create({}))"
-    )
-    command = [sys.executable, "-c", code, str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "in use by another process" in done.stderr
     run.end()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True)"
+    )
+    command = [sys.executable, "-c", f"{code}; sys.stdin.read()", str(run.checkpoints / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="in use by another process"):
+            run.start(config(run.folder))
+        other.kill()  # the system lets go of it, whatever ends the process
+    run.start(config(run.folder))
+    run.end()

@@ -174,8 +174,8 @@ def _compare(samples: Samples, known: Content, damaged: bool, shard: str) -> lis
                 events[key] = DataEvent(shard, fields[field].offset, key, "checksum", detail)
     if 2 * same < total:
         return None
-    # A field that most samples have lost was taken out on purpose.
-    lost = {field for field, count in gone.items() if 2 * count <= had[field]}
+    # A field that most samples of a sound shard have lost was taken out on purpose.
+    lost = {field for field, count in gone.items() if damaged or 2 * count <= had[field]}
     for key, fields in samples.items():
         if missing := sorted((known.get(key, {}).keys() - fields.keys()) & lost):
             detail = f"{', '.join(missing)} was in this sample; {_CHANGED}"

@@ -30,8 +30,8 @@ class Source:
         self,
         shards: Pattern | Mapping[str, Pattern],
         fields: Mapping[str, Field],
-        weights: Mapping[str, float] | None = None,
         window: int = 16,
+        weights: Mapping[str, float] | None = None,
         lanes: int = 256,
     ) -> None:
         self.parts: dict[str, Pattern] = dict(shards) if isinstance(shards, Mapping) else {"": shards}
@@ -70,11 +70,14 @@ class Opened:
         self._check_lost(name, max_bad_fraction)
 
     def order(self, global_batch_size: int, seed: int) -> Ordering:
-        """Return the order of the source's samples."""
+        """Return the order of the source's samples; raises `InputError`, with the shards' names, as `Order` does."""
         source = self.source
-        if isinstance(source.shards, Mapping):
-            return Mixture(self.parts, source.weights, global_batch_size, seed, source.window, source.lanes)
-        return Order(self.sizes, global_batch_size, seed, window=source.window, lanes=source.lanes)
+        try:
+            if isinstance(source.shards, Mapping):
+                return Mixture(self.parts, source.weights, global_batch_size, seed, source.window, source.lanes)
+            return Order(self.sizes, global_batch_size, seed, window=source.window, lanes=source.lanes)
+        except InputError as error:
+            raise InputError(f"{redact_text(str(source.shards))}: {error}") from error
 
     def probes(self, count: int) -> list[list[int]]:
         """Return for each part the indices of up to `count` samples, evenly spread over it."""

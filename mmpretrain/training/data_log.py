@@ -172,7 +172,7 @@ def _append(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _lines_until(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Read the lines of steps up to `step`, or all; the last one of a killed run may be torn, and is later than that."""
+    """Read the lines of steps up to `step` (None: all); a killed run may leave a torn one, which is later than that."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", errors="replace") as file:

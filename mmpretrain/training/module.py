@@ -85,7 +85,7 @@ class TrainingModule(lightning.LightningModule):
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.history: dict[str, Tensor] = {}
         self.embeddings: dict[str, dict[str, Tensor]] = {}
-        self.skipped: Tensor | None = None  # () 1 where the last step was skipped (NonFiniteGuard), else 0; on the device
+        self.skipped: Tensor | None = None  # (), on the device: 1 where NonFiniteGuard skipped the last step, else 0
 
     def forward(self, batch: Batch) -> Outputs:
         """Run the model on one source's batch, in micro-batches where they are set."""

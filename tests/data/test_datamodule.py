@@ -145,7 +145,9 @@ def test_a_mixture_has_its_shares_in_every_batch(tmp_path: Path) -> None:
     write_shards(tmp_path / "a", count=2)
     write_shards(tmp_path / "b", count=5)
     parts = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}
-    data = DataModule({"pictures": Source(parts, fields(), {"a": 2, "b": 1})}, {"text": tokenizer()}, 12, seed=0)
+    data = DataModule(
+        {"pictures": Source(parts, fields(), weights={"a": 2, "b": 1})}, {"text": tokenizer()}, 12, seed=0
+    )
     whole = ids(steps(data))
     for names in whole:
         assert [sum(name.startswith(part) for name in names) for part in ("a/", "b/")] == [8, 4]
@@ -202,9 +204,9 @@ def test_bad_numbers_are_refused(tmp_path: Path, options: dict[str, float], says
 
 def test_weights_need_parts_of_the_same_names() -> None:
     with pytest.raises(InputError, match=r"data.weights names \['x'\], data.train \['a', 'b'\]"):
-        Source({"a": "a.tar", "b": "b.tar"}, fields(), {"x": 1})
+        Source({"a": "a.tar", "b": "b.tar"}, fields(), weights={"x": 1})
     with pytest.raises(InputError, match=r"data.weights names \['a'\], data.train \[\]"):
-        Source("a.tar", fields(), {"a": 1})
+        Source("a.tar", fields(), weights={"a": 1})
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:

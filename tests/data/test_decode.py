@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mmpretrain.data.decode import DecodeError, Image, JsonCaption, JsonValue, Npy, TextCaption
+from mmpretrain.data.decode import (
+    MAX_CAPTION,
+    DecodeError,
+    Image,
+    JsonCaption,
+    JsonValue,
+    MissingField,
+    Npy,
+    TextCaption,
+)
+from mmpretrain.data.events import CAUSES
+from mmpretrain.data.pictures import parts_of
 from mmpretrain.data.preprocess import Augment, Preprocess
 from mmpretrain.errors import InputError
 
@@ -289,3 +300,66 @@ def test_damaged_npy_headers_give_an_array_or_a_decode_error(data):
 def test_bad_options_name_themselves(build, word):
     with pytest.raises(InputError, match=word):
         build()
+
+
+@pytest.mark.parametrize(
+    ("field", "data", "cause", "message"),
+    [
+        (TextCaption(), b"a\0b", "undecodable", "NUL"),
+        (TextCaption(), b"a" * (MAX_CAPTION + 1), "refused", "over the limit of 65536"),
+        (JsonCaption("txt"), b'{"caption": "\\ud800"}', "undecodable", "not Unicode"),
+        (JsonCaption("txt"), b'{"caption": "\\u0000"}', "undecodable", "NUL"),
+        (JsonCaption("txt"), b'{"caption": ["a", "%s"]}' % (b"a" * 2**17), "refused", "caption of 131072 bytes"),
+        (JsonCaption("txt", max_bytes=9), b'{"caption": ""}', "refused", "15 bytes .* max_bytes"),
+        (JsonCaption("txt", max_depth=3), b'{"caption": [[["a"]]]}', "refused", "at most 3 levels"),
+        (JsonValue("txt"), b'{"label": NaN}', "undecodable", "NaN is no JSON number"),
+        (JsonValue("txt"), b'{"label": -Infinity}', "undecodable", "-Infinity"),
+        (JsonValue("txt"), b'{"label": [1e999]}', "undecodable", "holds"),
+        (JsonValue("txt"), b"{}", "missing", "no 'label'"),
+        (Npy("npy"), b"", "missing", "no field npy"),
+        (Image(Preprocess(8), "txt"), b"", "undecodable", "not a picture"),
+        (Image(Preprocess(8), "txt", max_bytes=9), b"0123456789", "refused", "max_bytes"),
+        (Image(Preprocess(8), "txt"), png_header(10_000, 5_000), "refused", "max_pixels"),
+    ],
+)
+def test_errors_have_the_cause_of_their_event_and_cross_processes(field, data, cause, message):
+    with pytest.raises(DecodeError, match=f"cats/007.*{message}") as caught:
+        field(sample(txt=data), generator())
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert error.cause == cause in CAUSES and str(error) == str(caught.value)
+        assert error.field == ("npy" if isinstance(field, Npy) else "txt")
+        assert isinstance(error, MissingField) == (cause == "missing")
+
+
+def test_json_of_the_greatest_depth_is_read_and_brackets_in_texts_are_none():
+    deep = b'{"label": ' + b"[" * 63 + b"1" + b"]" * 63 + b', "x": "%s\\""}' % (b"[{" * 100)
+    assert JsonValue()(sample(json=deep), generator()).shape == (1,) * 63
+    with pytest.raises(DecodeError, match="at most 62 levels"):
+        JsonValue(max_depth=62)(sample(json=deep), generator())
+
+
+def test_a_picture_that_the_transform_does_not_take_is_one_samples_fault():
+    with pytest.raises(DecodeError, match=r"cats/007.*mode F"):
+        Image(Preprocess(8), formats=("TIFF",))(sample(png=encode(PILImage.new("F", (4, 4)), "TIFF")), generator())
+
+
+def test_files_of_far_more_parts_than_pictures_have_are_refused():
+    noise = PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
+    for file_format, options in (("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("WEBP", {})):
+        assert parts_of(encode(noise, file_format, **options)) < 30
+    jpeg = picture("JPEG")
+    for many in (b"\xff\xe5\x00\x02" * 70_000, b"\xff" * 70_000):
+        with pytest.raises(DecodeError, match="over 65536 parts"):
+            Image(Preprocess(8))(sample(jpg=jpeg[:2] + many + jpeg[2:]), generator())
+    few = jpeg[:2] + b"\xff\xe5\x00\x02" * 1000 + jpeg[2:]
+    assert Image(Preprocess(8))(sample(jpg=few), generator()).shape == (3, 8, 8)
+
+
+def test_a_jpeg_is_not_scanned_again_and_again():
+    jpeg = encode(PILImage.new("L", (1024, 1024)), "JPEG", progressive=True)
+    bomb = jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * 5000 + jpeg[-2:]
+    assert len(bomb) < 2**18
+    assert Image(Preprocess(8))(sample(jpg=jpeg), generator()).shape == (3, 8, 8)
+    with pytest.raises(DecodeError, match=r"1048576 pixels in 50\d\d JPEG scans") as caught:
+        Image(Preprocess(8))(sample(jpg=bomb), generator())
+    assert caught.value.cause == "refused"

@@ -82,18 +82,17 @@ def test_fields_may_differ(tmp_path: Path) -> None:
         (lambda m: [*m[:3], BAD + m[3][512:], *m[4:]], ["0001"]),  # its txt, told by what it lacks
         (lambda m: [*m[:4], bytes(512) + m[4][512:], *m[5:]], ["0002"]),
         (lambda m: [*m[:4], m[4][:9] + b"?" + m[4][10:], *m[5:]], ["0002"]),
-        (lambda m: [*m[:11], m[11][:700]], ["0005"]),
         (lambda m: [*m[:5], BAD, *m[5:]], ["0002"]),  # between two members of one sample
         (lambda m: [*m[:4], BAD, *m[4:]], ["x" * 100]),  # between two samples: nobody's
-        (lambda m: [*m[:7], bytes(5 * 512), *m[12:]], ["0003"]),
+        (lambda m: [*m[:7], bytes(512) + m[7][512:], bytes(1024), *m[9:]], ["0003", "0004"]),
     ],
 )
 def test_damage_at_the_first_use(tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], lost: list[str]) -> None:
     keys, events = read(place(tmp_path / "a.tar", change(parts())))
     assert [key or "x" * 100 for key, _ in events] == lost
-    assert set(keys) >= set(KEYS) - set(lost) - ({"0004", "0005"} if len(keys) == 3 else set())
+    assert keys == [key for key in KEYS if key not in lost]
     shard = Shard(tmp_path / "a.tar")
-    assert (len(shard), shard.lost) == (len(keys), 1)
+    assert (len(shard), shard.lost) == (len(keys), len(lost))
 
 
 # --- an index from before is a witness --------------------------------------------------------------
@@ -247,6 +246,7 @@ def test_a_forged_index_is_not_believed(tmp_path: Path, name: str) -> None:
         forge(kept, **{name: forged})
         assert tar_index.load(kept, "a", stamp) is None
     deep = np.frombuffer(b"[" * 100_000, np.uint8)
+    shutil.copy(tmp_path / "good", kept)
     forge(kept, **{name: deep})
     assert tar_index.load(kept, "a", stamp) is None
     shards._index_of.cache_clear()
@@ -279,7 +279,7 @@ def test_a_packed_index_is_refused(tmp_path: Path) -> None:
     st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda x: st.lists(x, max_size=3)),
     st.binary(max_size=40),
 )
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_head_and_losses_are_read(tmp_path: Path, value: object, raw: bytes) -> None:
     path = tmp_path / "a.tar"
     if not path.exists():
@@ -297,7 +297,6 @@ def test_no_sample_left_keeps_the_witness(tmp_path: Path) -> None:
     path = place(tmp_path / "a.tar", parts(1))
     Shard(path)
     raw = (tmp_path / "a.tar.idx.npz").read_bytes()
-    place(path, [parts(1)[0][:-40] + b"?" * 40, parts(1)[1]])
     place(path, [parts(1)[0], BAD])
     with pytest.raises(DamageError, match="no sample can be read"):
         Shard(path)

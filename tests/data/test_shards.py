@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmpretrain.data import index as tar_index
-from mmpretrain.data.shards import Shard, expand, iter_shard
 from mmpretrain.data.events import DataEvent
+from mmpretrain.data.shards import Shard, expand, iter_shard
 from mmpretrain.data.tar import DamageError
 from mmpretrain.errors import InputError
 

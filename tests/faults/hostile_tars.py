@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 from mmpretrain.data.events import DataEvent
 from mmpretrain.data.shards import Shard, iter_shard
 from tests.faults.hostile import Case
-from tests.faults.hostile_shards import PEERS, events_of, picture
+from tests.faults.hostile_bytes import array
+from tests.faults.hostile_shards import PEERS, events_of, pickled, picture
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -150,4 +153,40 @@ CASES = [
         Case(f"tar: a {title} member", linked, harmless=True, prepare=partial(link, kind))
         for kind, title in LINKS.items()
     ),
+]
+
+
+def forge(make: Callable[[Path], bytes], folder: Path) -> None:
+    """A sound shard, and beside it an index that is not ours, newer than the shard."""
+    write(lambda: SOUND + END, folder)
+    (folder / "x.tar.idx.npz").write_bytes(make(folder))
+
+
+def lying_index(folder: Path) -> bytes:
+    """A zip of one array whose header announces a terabyte."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("head", "keys", "table"):
+            file.writestr(f"{name}.npy", array("(137438953472,)"))
+    return data.getvalue()
+
+
+def index_bomb(folder: Path) -> bytes:
+    """A zip of 512 MiB of zeros in 512 KiB."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file, file.open("head.npy", "w") as entry:
+        entry.write(array("(67108864,)")[:-48])
+        for _ in range(512):
+            entry.write(bytes(2**20))
+    return data.getvalue()
+
+
+INDEXES: dict[str, Callable[[Path], bytes]] = {
+    "a pickled index": lambda folder: pickled(folder / "marker", "npz"),
+    "a pickle as an index": lambda folder: pickled(folder / "marker"),
+    "an index that announces a terabyte": lying_index,
+    "an index that is a bomb": index_bomb,
+}
+CASES += [
+    Case(f"tar: {name} beside it", read, harmless=True, prepare=partial(forge, make)) for name, make in INDEXES.items()
 ]

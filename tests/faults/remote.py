@@ -122,7 +122,7 @@ def trial(seed: int, s3: bool, seconds: float = 6.0) -> Outcome:
             process.wait()
         most = max(most, _look(folder / "shards", seen, wrong))
         proxy.cuts, proxy.pause, proxy.refuse = [], 0.0, False
-        last = [sys.executable, "-c", READER, base, "0", "40"]  # many enough that room has to be made
+        last = [sys.executable, "-c", READER, base, "0", "20"]  # many enough that room has to be made
         done = subprocess.run(last, env=environment, capture_output=True, timeout=120)
         if done.returncode != 0:
             wrong.append(f"not even undisturbed: {done.stderr.decode()[-300:]}")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,11 +95,12 @@ def saved_step(folder: Path) -> int | None:
     return int(json.loads(manifest.read_text())["step"]) if manifest.exists() else None
 
 
-def wait_for_step(folder: Path, step: int, log: Path) -> None:
+def wait_for_step(folder: Path, step: int, log: Path, running: Callable[[], bool]) -> None:
     """Wait until a run has done so many steps; raises AssertionError where it does not."""
     until = time.monotonic() + PATIENCE
     while last_step(folder) < step:
-        assert time.monotonic() < until, log.read_text(errors="replace") if log.exists() else "nothing was printed"
+        going = running() and time.monotonic() < until
+        assert going, log.read_text(errors="replace") if log.exists() else "nothing was printed"
         time.sleep(0.01)
 
 
@@ -108,7 +109,7 @@ def run_trial(shards: Path, folder: Path, trial: Trial) -> Verdict:
     log = folder.with_name(f"{folder.name}.log")
     run: Ranks = start(trial.ranks, command(shards, folder, trial.ranks, trial.workers), log)
     try:
-        wait_for_step(folder, trial.step, log)
+        wait_for_step(folder, trial.step, log, run.running)
         time.sleep(trial.delay)
         pid = run.processes[trial.target].pid
         assert pid is not None
@@ -155,7 +156,7 @@ def run_launched(shards: Path, folder: Path, launcher: str, target: int, number:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
-        wait_for_step(folder, 5, log)
+        wait_for_step(folder, 5, log, lambda: process.poll() is None)
         ranks = _ranks(process.pid, launcher)
         signalled_at, sent = last_step(folder), time.monotonic()
         os.kill(ranks[target], number)

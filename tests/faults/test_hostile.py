@@ -20,7 +20,7 @@ def outcomes(tmp_path_factory) -> dict[str, Any]:
     """Run all of ours in one process that forks: this one has threads."""
     path = tmp_path_factory.mktemp("hostile") / "outcomes.json"
     command = [sys.executable, "-m", "tests.faults.hostile", "--json", str(path)]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=300)
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=600)
     return dict(json.loads(path.read_text()))
 
 
