@@ -33,7 +33,7 @@ USAGE = """usage: mmpretrain COMMAND ...
 
 `mmpretrain COMMAND --help` says more."""
 
-BRACES = re.compile(r"^([^='\"]+)=([^='\"\[]*\{\d+\.\.\d+\}[^'\"\]]*)$")
+BRACES = re.compile(r"^([^='\"]+)=((?!\{\w+:)[^='\"\[]*\{\d+\.\.\d+\}[^'\"\]]*)$")
 """An override whose value has a numeric brace range and no quotes of its own."""
 
 HARMLESS = (
@@ -135,7 +135,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from mmpretrain.composition import explain, register_resolvers
+    from mmpretrain.composition import check_given, explain, register_resolvers
 
     composition = (HydraException, OmegaConfBaseException)
     register_resolvers()
@@ -157,6 +157,7 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [original[0], *shell_friendly(arguments)]
     try:
+        check_given(name, sys.argv[1:])
         run()
         if failures:
             raise failures[0]

@@ -40,10 +40,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", allow: Sequence[s
     from safetensors.torch import load_model
 
     from mmpretrain.config import build_saved
+    from mmpretrain.yaml_files import check_yaml
 
     folder = _model_folder(Path(path))
+    check_yaml(folder / CONFIG)
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
     except Exception as error:  # YAML's, OmegaConf's and the codec's errors share no base
         raise InputError(f"{folder / CONFIG} cannot be read: {_one_line(error)}") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(part, {}), dict) for part in PARTS):

@@ -144,11 +144,13 @@ def _progress(total: int, per_shard: int) -> Iterator[Callable[[Done, bool], Non
 def _print_summary(out: Path, prefix: str, written: Written) -> None:
     count = len(written.shards)
     names = written.shards[0] if count == 1 else f"{prefix}{{{0:05}..{count - 1:05}}}.tar"
-    print(f"{written.samples} samples in {count} shard{'s' * (count != 1)}: {out / names}")
+    gaps = written.shards != [f"{prefix}{i:05}.tar" for i in range(count)]  # parts without one readable picture
+    shards = out if gaps and count > 1 else out / names
+    print(f"{written.samples} samples in {count} shard{'s' * (count != 1)}: {shards}")
     if written.skipped:
         pictures = "picture" if written.skipped == 1 else "pictures"
         print(f"{written.skipped} {pictures} skipped, listed with the reason in {out / SKIPPED}")
-    print(f"train on them: mmpretrain train experiment=image_text_clip {_override(str(out / names))}")
+    print(f"train on them: mmpretrain train experiment=image_text_clip {_override(str(shards))}")
 
 
 def _override(shards: str) -> str:

@@ -19,7 +19,7 @@ from mmpretrain.config import instantiate
 from mmpretrain.data.datamodule import DataModule
 from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
-from mmpretrain.errors import InputError, Preempted, RunFailed
+from mmpretrain.errors import InputError, LimitReached, Preempted, RunFailed
 from mmpretrain.evaluation import write_metrics
 from mmpretrain.heads import CaptionHead
 from mmpretrain.model import MultimodalModel
@@ -101,8 +101,11 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
 def fit(trainer: lightning.Trainer, module: TrainingModule, data: DataModule, run: Run) -> None:
     """Train, from the run's checkpoint if it has one; raises `RunFailed` where a worker of the loader was killed."""
     try:
-        trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
-    except RuntimeError as error:
+        trainer.fit(module, data, ckpt_path=run.checkpoint)
+    except LimitReached:
+        release(trainer)
+        raise
+    except (RuntimeError, OSError, EOFError) as error:
         if (dead := dead_worker(error, data)) is None:
             raise
         raise RunFailed(f"{dead}; go on with run_dir={run.folder} resume=auto") from error

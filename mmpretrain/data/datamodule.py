@@ -169,7 +169,7 @@ class DataModule(lightning.LightningDataModule):
             )
         self.setup()
         batch_size = self.global_batch_size // world_size
-        names = {name: [shard.name for shard in found] for name, found in self.shards.items()}
+        names = {name: [shard.url for shard in found] for name, found in self.shards.items()}
         return DataLoader(
             self._examples(),
             batch_sampler=StepSampler(self.orders, names, batch_size, rank, start_step, max_steps),

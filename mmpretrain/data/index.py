@@ -21,16 +21,17 @@ from mmpretrain.data.grouping import Content, group
 from mmpretrain.data.headers import text_of
 from mmpretrain.data.tar import Damage, Member, walk
 
-_VERSION = 2
+_VERSION = 3
 _CHUNK = 1 << 26  # bytes after which pages that were read are given back
 _ARRAYS = {"keys": np.uint8, "fields": np.uint8, "starts": np.int64, "rows": np.uint64, "losses": np.uint8}
 
 
 class Head(NamedTuple):
-    """What is known of a shard without its index: samples to deliver, samples lost, a hash of the content."""
+    """What is known of a shard without its index: samples to deliver, samples lost, losses listed, a content hash."""
 
     samples: int
     lost: int
+    events: int
     digest: str
 
 
@@ -55,7 +56,7 @@ class Index(NamedTuple):
         keys = {key for key in losses if key is not None} - delivered
         # Where an earlier index names the lost, a damaged place without a key is one of them.
         nameless = 0 if self.lost else losses.count(None)
-        return Head(len(self.keys), len(keys) + nameless, digest.hexdigest())
+        return Head(len(self.keys), len(keys) + nameless, len(self.events), digest.hexdigest())
 
     def content(self) -> Content:
         """Return (size, checksum) by key and field, lost samples included."""
@@ -138,6 +139,15 @@ def load_head(path: Path, stamp: tuple[int, int]) -> Head | None:
         return None
 
 
+def stamp_in(path: Path) -> tuple[int, int] | None:
+    """Read which state of a shard an index is of; None where `load` gives None."""
+    try:
+        with path.open("rb") as raw, _opened(raw) as file:
+            return _head(file)[1]
+    except Exception:  # see `load`
+        return None
+
+
 def load(path: Path, shard: str, stamp: tuple[int, int] | None) -> Index | None:
     """Read an index; None if there is none, it is damaged, or it belongs to a shard with another stamp.
 
@@ -176,7 +186,8 @@ def _head(file: Any) -> tuple[Head, tuple[int, int]]:
     if about["version"] != _VERSION:
         raise ValueError(f"version {about['version']}")
     size, time = about["stamp"]
-    return Head(int(about["samples"]), int(about["lost"]), str(about["digest"])), (int(size), int(time))
+    samples, lost, events = (int(about[name]) for name in ("samples", "lost", "events"))
+    return Head(samples, lost, events, str(about["digest"])), (int(size), int(time))
 
 
 def _event(shard: str, offset: int | None, key: str | None, cause: Any, detail: str) -> DataEvent:

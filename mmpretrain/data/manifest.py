@@ -52,7 +52,7 @@ class Ledger:
         if old is not None:
             _refuse_other(out, old, content)
             shards = {name: (size, samples) for name, (size, samples) in old["shards"].items()}
-        kept = {name: shard for name, shard in shards.items() if _size(out / name) == shard[0]}
+        kept = {name: shard for name, shard in shards.items() if (_size(out / name) or 0) == shard[0]}
         for leftover in out.glob(".*.tar.*.tmp"):  # of a killed run; two runs may not write to one folder
             leftover.unlink()
         ledger = cls(out, content, kept)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mmpretrain.data import index as tar_index
-from mmpretrain.data.cache import REMOTE, cache_folder, fetch, local_path, scheme_of
+from mmpretrain.data.cache import REMOTE, cache_folder, cache_name, fetch, fetch_index, local_path, scheme_of
 from mmpretrain.data.events import DataEvent
+from mmpretrain.data.redact import redact
 from mmpretrain.data.tar import DamageError
 from mmpretrain.errors import InputError
 
@@ -46,7 +47,7 @@ def _expand_one(pattern: str) -> list[str]:
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
-        raise InputError(f"shard pattern {pattern!r} has unbalanced braces; write e.g. {{000..009}}") from error
+        raise InputError(f"shard pattern {redact(pattern)!r} has unbalanced braces; write e.g. {{000..009}}") from error
     return [shard for name in names for shard in _expand_name(name, pattern)]
 
 
@@ -54,7 +55,9 @@ def _expand_name(name: str, pattern: str) -> list[str]:
     scheme = scheme_of(name)
     if scheme in REMOTE:
         if scheme == "s3" and "*" in name:
-            raise InputError(f"shard pattern {name!r} is a remote glob; list remote shards with braces: {{000..009}}")
+            raise InputError(
+                f"shard pattern {redact(name)!r} is a remote glob; list remote shards with braces: {{000..009}}"
+            )
         return [name]
     path = local_path(name)
     if path.is_dir():
@@ -84,21 +87,21 @@ class ChecksumError(InputError):
 class Shard:
     """One shard with random access: `len(shard)` samples, `shard.read(i)` the bytes of sample i by field.
 
-    A remote shard is fetched at construction. The index is kept as `<shard>.idx.npz` beside the shard, or in the
-    cache folder if that place is read-only, and made again when the shard's size or time changed. Damage costs the
-    samples it touches: `events` lists them, `lost` counts them. Members of one key make one sample wherever they
+    A remote shard is fetched at construction, or when first read if its index lies beside it (`<url>.idx.npz`); the
+    `name` of one is its URL without secrets. The index of a local one is kept as `<shard>.idx.npz` beside it, or in
+    the cache folder if that place is read-only, and made again when the shard's size or time changed. Damage costs
+    the samples it touches: `events` lists them, `lost` counts them. Members of one key make one sample wherever they
     lie in the tar. Holds and pickles only names and counts; indexes are loaded when needed, and the most recently
     used stay in memory. Raises `InputError` for a missing shard and `DamageError` (an `InputError`) for one that is
     no tar, or of which no sample can be read.
     """
 
     def __init__(self, path_or_url: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> None:
-        self.name = os.fspath(path_or_url)
-        self.path = fetch(path_or_url, cache_dir)
-        self._origin = _Origin(self.name, self.path, cache_folder(cache_dir), tar_index.stamp_of(self.path))
+        self._origin = _Origin.find(os.fspath(path_or_url), cache_dir)
+        self.url, self.name, self.path = self._origin.url, self._origin.name, self._origin.path
         heads = (tar_index.load_head(place, self._origin.stamp) for place in self._origin.places())
         head = next((head for head in heads if head is not None), None)
-        self._count, self.lost, self.digest = _index_of(self._origin).head() if head is None else head
+        self._count, self.lost, self._losses, self.digest = _index_of(self._origin).head() if head is None else head
 
     def __len__(self) -> int:
         return self._count
@@ -116,7 +119,7 @@ class Shard:
     @property
     def events(self) -> list[DataEvent]:
         """What was found lost when the index was made."""
-        return list(self.index.events)
+        return list(self.index.events) if self._losses else []  # most shards have none: their index can wait
 
     def fields(self, i: int) -> list[str]:
         """Return the fields of sample i in file order."""
@@ -165,12 +168,24 @@ _PART = 1024  # samples whose rows are plain numbers at one time
 
 
 class _Origin(NamedTuple):
-    """The file of a shard, and the state it was opened in."""
+    """The file of a shard, and the state it was opened in; `name` is what may be shown of `url`."""
 
+    url: str
     name: str
     path: Path
     cache: Path
     stamp: tuple[int, int]
+
+    @classmethod
+    def find(cls, url: str, cache_dir: str | os.PathLike[str] | None) -> _Origin:
+        """Find the file; that of a remote shard need not have been fetched where its index is known."""
+        folder, remote = cache_folder(cache_dir), scheme_of(url) in REMOTE
+        beside = fetch_index(url, cache_dir) if remote else None
+        stamp = None if beside is None else tar_index.stamp_in(beside)
+        if stamp is not None:
+            return cls(url, redact(url), folder / cache_name(url), folder, stamp)
+        path = fetch(url, cache_dir)
+        return cls(url, redact(url) if remote else url, path, folder, tar_index.stamp_of(path))
 
     def places(self) -> tuple[Path, Path]:
         """Return where the index may lie: beside the shard, or in the cache."""
@@ -182,10 +197,15 @@ class _Origin(NamedTuple):
 
     def check(self) -> None:
         """Raise `InputError` if the file is no longer the one that was opened; a remote one is fetched if gone."""
-        now = tar_index.stamp_of(fetch(self.name, self.cache))
+        now = tar_index.stamp_of(fetch(self.url, self.cache))
         # What is fetched a second time may have another time; its bytes are compared with their checksums.
-        remote = scheme_of(self.name) in REMOTE
-        if now != self.stamp and not (remote and now[0] == self.stamp[0]):
+        remote = scheme_of(self.url) in REMOTE
+        if remote and now[0] != self.stamp[0]:
+            raise InputError(
+                f"{self.name} has {now[0]} bytes, its index is of one of {self.stamp[0]}; put the index made of this "
+                f"shard beside it (`mmpretrain shards index`), and give a changed shard a new name"
+            )
+        if not remote and now != self.stamp:
             raise InputError(f"{self.path} changed since it was opened; leave shards alone while they are read")
 
 

@@ -68,7 +68,7 @@ def write_shards(
     samples = sum(count for _, count in ledger.shards.values())
     if samples == 0:
         raise InputError(f"none of the {len(items)} pictures could be written; {out / SKIPPED} says why for each")
-    return Written(names, samples, len(items) - samples)
+    return Written([name for name in names if ledger.shards[name][1]], samples, len(items) - samples)
 
 
 def _run(todo: list[tuple[Path, str, Sequence[Item]]], workers: int) -> Iterator[Done]:
@@ -120,6 +120,9 @@ def _write_one(out: Path, name: str, items: Sequence[Item]) -> Done:
                         writer.write({"__key__": item.key, **fields})
             file.flush()
             os.fsync(file.fileno())
+        if len(skipped) == len(items):  # readers take a shard without a sample for a damaged one
+            Path(temporary).unlink()
+            return Done(name, 0, 0, skipped)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(out / name)
     except BaseException:

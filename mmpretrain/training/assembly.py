@@ -64,7 +64,7 @@ def assemble(
     data_log = DataLog(folder, config.debug.sample_log, every, intervals)
     return Assembly(
         diagnostics=Diagnostics(every),
-        guard=NonFiniteGuard(data_log, saves, **wanted.bad_steps, check_every_n_steps=every),
+        guard=NonFiniteGuard(data_log, saves, **wanted.bad_steps, check_every_n_steps=every, saves=intervals),
         ema=ema,
         metrics=Metrics(every),
         data_log=data_log,

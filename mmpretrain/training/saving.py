@@ -19,6 +19,7 @@ from mmpretrain.training.checkpoint import load, newest, save
 from mmpretrain.training.folder import linked, mark_best, step_of
 from mmpretrain.training.snapshot import Snapshot
 from mmpretrain.training.state_json import Packed, pack
+from mmpretrain.training.watchdog import paused
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -129,6 +130,9 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         """Save where it is time, the last step included."""
         step = trainer.global_step
+        skipped = getattr(module, "skipped", None)
+        if step != trainer.max_steps and skipped is not None and skipped.item():
+            return  # only after a good step, so that going back leads out of a row of bad ones
         if step == trainer.max_steps or (self.every_n_steps > 0 and step % self.every_n_steps == 0):
             self.save(trainer)
 
@@ -144,24 +148,25 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Save this step, in the background if asynchronous; every rank must call it. Raises `LimitReached`."""
-        step = trainer.global_step
-        if step == self.last:
+        if trainer.global_step == self.last:
             return
-        self.io.wait()
-        if any_rank(self.io.failures >= self.max_failures):
-            raise LimitReached(
-                f"{self.max_failures} checkpoints in a row could not be saved into {self.folder}; free space there, "
-                "then go on from the last good one with resume=auto"
-            )
-        self._save(trainer)
+        with paused(trainer, "saving"):
+            self.io.wait()
+            if any_rank(self.io.failures >= self.max_failures):
+                raise LimitReached(
+                    f"{self.max_failures} checkpoints in a row could not be saved into {self.folder}; free space "
+                    "there, then go on from the last good one with resume=auto"
+                )
+            self._save(trainer)
 
     def save_now(self, trainer: Trainer) -> bool:
         """Save this step and wait for it, on every rank; returns whether it is safe on the disk."""
-        self.io.wait()
-        if trainer.global_step != self.last or any_rank(self.io.failures > 0):
-            self._save(trainer)
+        with paused(trainer, "saving"):
             self.io.wait()
-        return not any_rank(self.io.failures > 0)
+            if trainer.global_step != self.last or any_rank(self.io.failures > 0):
+                self._save(trainer)
+                self.io.wait()
+            return not any_rank(self.io.failures > 0)
 
     def wait(self) -> None:
         """Wait until what was saved lies on the disk, or has failed."""

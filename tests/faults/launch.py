@@ -65,6 +65,7 @@ def start(ranks: int, arguments: Sequence[str], log: Path) -> Ranks:
 
 
 def _run(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # else the loader would start a fork server of its own
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -82,8 +83,11 @@ def _run(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> No
             "MMPRETRAIN_RUN_ID": "faults",
         }
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
     from mmpretrain.cli import main
+
+    rank_zero_only.rank = rank  # Lightning has read the environment when the fork server imported it
 
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
