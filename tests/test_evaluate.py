@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmpretrain.cli import main
-from tests.conftest import COLOURS
+from tests.shard_sets import COLOURS
 from tests.test_train import run
 
 

@@ -100,5 +100,5 @@ def test_missing_parts(shards: str, tmp_path: Path) -> None:
         ShardCaptions(shards, transform=Preprocess(4), image=partial(Image, extensions=("jpg",)))[0]
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
-    with pytest.raises(InputError, match="hold no sample"):
+    with pytest.raises(InputError, match="no sample can be read"):
         ShardCaptions(str(tmp_path / "empty.tar"), transform=Preprocess(4))
