@@ -213,4 +213,5 @@ def show(metrics: Mapping[str, float]) -> None:
         if f"{name}/chance" in metrics:
             low, high = metrics[f"{name}/ci_low"], metrics[f"{name}/ci_high"]
             table.add_row(name, f"{value:.1%}", f"{low:.1%} to {high:.1%}", f"{metrics[f'{name}/chance']:.1%}")
-    Console().print(table)
+    if table.row_count:
+        Console().print(table)
