@@ -148,6 +148,8 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
     def run(config: Any) -> None:
         # Lightning starts further local ranks with this process's own command line, so it must be whole again.
         sys.argv = original
+        if any(isinstance(failure, (Preempted, KeyboardInterrupt)) for failure in failures):
+            return  # a signal ends a sweep, not only the job it came in
         try:
             job(config)
         except (InputError, Preempted, LimitReached, RunFailed, OSError, KeyboardInterrupt, *composition) as error:
@@ -159,8 +161,10 @@ def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:
     try:
         check_given(name, sys.argv[1:])
         run()
+        for failure in failures[:-1]:  # of a sweep; the last one is said below
+            print(f"mmpretrain: error: {failure}", file=sys.stderr)
         if failures:
-            raise failures[0]
+            raise failures[-1]
     except composition as error:
         if traceback_wanted:
             raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,33 +25,38 @@ Table = dict[int, dict[str, float]]
 
 
 class Column(NamedTuple):
-    """One column of two logs: the steps both have, and where they first differ (step and both values)."""
+    """One column of two logs: the steps both have, and where they first differ (step and both values).
+
+    `alone`: how many steps only the first, and only the second log has.
+    """
 
     name: str
     steps: int
     step: int | None
     values: tuple[float, float] | None
+    alone: tuple[int, int] = (0, 0)
 
     @property
     def line(self) -> str:
         """Say it in one line."""
-        if self.values is None:
-            return f"{self.name}: identical in {self.steps} steps"
-        return f"{self.name}: differs from step {self.step} on: {self.values[0]!r} and {self.values[1]!r}"
+        found = f"identical in {self.steps} steps"
+        if self.values is not None:
+            found = f"differs from step {self.step} on: {self.values[0]!r} and {self.values[1]!r}"
+        return f"{self.name}: {found}{_alone(self.alone)}"
 
 
 class Samples(NamedTuple):
-    """The sample ids of two runs: the steps both logged, and the first one that differs."""
+    """The sample ids of two runs: the steps both logged, the first one that differs, and those only one has."""
 
     steps: int
     step: int | None
+    alone: tuple[int, int] = (0, 0)
 
     @property
     def line(self) -> str:
         """Say it in one line."""
-        if self.step is None:
-            return f"sample ids: identical in {self.steps} steps"
-        return f"sample ids: differ from step {self.step} on"
+        found = f"identical in {self.steps} steps" if self.step is None else f"differ from step {self.step} on"
+        return f"sample ids: {found}{_alone(self.alone)}"
 
 
 class Difference(NamedTuple):
@@ -91,27 +97,30 @@ def difference(first: Path, second: Path) -> Difference:
 
 
 def compare_logs(first: Path, second: Path, rtol: float = 0.0) -> list[Column]:
-    """Compare each column of two `metrics.csv` on the steps both have; equal means within `rtol` of the larger."""
+    """Compare each column of two `metrics.csv`, one of which may lack it; equal means within `rtol` of the larger."""
     one, two = _table(first), _table(second)
     found = []
     for name in dict.fromkeys(name for row in [*one.values(), *two.values()] for name in row):
         if MEASURED.search(name):
             continue
-        steps = [step for step in one if name in one[step] and name in two.get(step, {})]
+        before, after = ([step for step, row in table.items() if name in row] for table in (one, two))
+        steps = [step for step in before if name in two.get(step, {})]
         pairs = ((step, one[step][name], two[step][name]) for step in steps)
         at = next(((step, a, b) for step, a, b in pairs if not _equal(a, b, rtol)), None)
-        found.append(Column(name, len(steps), at and at[0], at and (at[1], at[2])))
+        alone = (len(before) - len(steps), len(after) - len(steps))
+        found.append(Column(name, len(steps), at and at[0], at and (at[1], at[2]), alone))
     return found
 
 
 def compare_samples(first: Path, second: Path) -> Samples | None:
-    """Compare two `samples.jsonl` step by step; None where a run has none (`debug.sample_log=true` writes it)."""
+    """Compare two `samples.jsonl` step by step; None where no run has one (`debug.sample_log=true` writes it)."""
     paths = [run / "samples.jsonl" for run in (first, second)]
-    if not all(path.is_file() for path in paths):
+    if not any(path.is_file() for path in paths):
         return None
-    one, two = (_ids(path) for path in paths)
+    one, two = (_ids(path) if path.is_file() else {} for path in paths)
     steps = sorted(one.keys() & two.keys())
-    return Samples(len(steps), next((step for step in steps if one[step] != two[step]), None))
+    at = next((step for step in steps if one[step] != two[step]), None)
+    return Samples(len(steps), at, (len(one) - len(steps), len(two) - len(steps)))
 
 
 def lines(found: Difference) -> list[str]:
@@ -123,10 +132,10 @@ def lines(found: Difference) -> list[str]:
         said += [f"  {key.partition('.')[2]}: {_value(key, found)}" for key in keys[:SHOWN]]
         said += [f"  and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
     said = said or ["config, shards, packages, git and hardware are the same"]
-    different = {name: pair for name, pair in found.metrics.items() if pair[0] != pair[1] and not MEASURED.search(name)}
+    different = _different(found.metrics)
     said.append(f"final metrics: {len(found.metrics) - len(different)} of {len(found.metrics)} the same")
     said += [f"  {name}: {pair[0]} -> {pair[1]}" for name, pair in different.items() if "/ci_" not in name]
-    said += [column.line for column in found.columns if column.steps]
+    said += [column.line for column in found.columns]
     return said if found.samples is None else [*said, found.samples.line]
 
 
@@ -136,12 +145,27 @@ def _value(key: str, found: Difference) -> str:
 
 
 def _differs(found: Difference) -> bool:
-    ids = found.samples is not None and found.samples.step is not None
-    return bool(found.changed) or ids or any(column.step is not None for column in found.columns)
+    logs: list[Column | Samples] = [*found.columns, *([] if found.samples is None else [found.samples])]
+    return bool(found.changed or _different(found.metrics)) or any(
+        log.step is not None or log.alone != (0, 0) for log in logs
+    )
+
+
+def _different(metrics: Mapping[str, Sequence[float | None]]) -> dict[str, Sequence[float | None]]:
+    """Return the final metrics that differ or that one run lacks, but for what the clock decides."""
+
+    def same(one: float | None, two: float | None) -> bool:
+        return one is not None and two is not None and _equal(one, two, 0.0)
+
+    return {name: pair for name, pair in metrics.items() if not MEASURED.search(name) and not same(pair[0], pair[1])}
+
+
+def _alone(counts: tuple[int, int]) -> str:
+    return "".join(f"; {n} steps only in the {run} run" for n, run in zip(counts, ("first", "second")) if n)
 
 
 def _plain(found: Difference) -> dict[str, Any]:
-    logs = [{"column": c.name, "steps": c.steps, "step": c.step, "values": c.values} for c in found.columns]
+    logs = [{"column": c.name, "steps": c.steps, "step": c.step, "values": c.values, "alone": c.alone} for c in found.columns]
     samples = None if found.samples is None else found.samples._asdict()
     return {**found._asdict(), "columns": logs, "samples": samples}
 
@@ -155,10 +179,10 @@ def _table(run: Path) -> Table:
     if not path.is_file():
         raise InputError(f"{run} holds no metrics.csv; give the folder of a run that has logged a step")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return {
-                int(r["step"]): {k: float(v) for k, v in r.items() if v and k != "step"} for r in csv.DictReader(file)
-            }
+        # A last line without its end was cut by a kill; a number in it may be, too.
+        text = path.read_bytes().decode()
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        return {int(r["step"]): {k: float(v) for k, v in r.items() if v and k != "step"} for r in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no table of numbers by step ({error}); it was changed or cut") from error
 

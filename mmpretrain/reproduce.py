@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.utilities import rank_zero_only
 
 from mmpretrain.composition import register_resolvers
+from mmpretrain.data.cache import REMOTE, scheme_of
 from mmpretrain.data.shards import Shard
-from mmpretrain.diff import compare_logs, compare_samples
+from mmpretrain.diff import Column, Samples, compare_logs, compare_samples
 from mmpretrain.distributed import run_id
 from mmpretrain.errors import EXIT_DONE, EXIT_FAILED, InputError
 from mmpretrain.provenance import changes, comparable, hardware, packages, read
@@ -52,21 +54,29 @@ def reproduce(run: Path, overrides: Sequence[str], rtol: float) -> int:
     hidden = {key for key, _, value in (o.partition("=") for o in again) if HIDDEN in value}
     if unknown := sorted(hidden - {o.partition("=")[0] for o in given}):
         raise InputError(f"the manifest does not hold the secret value of {unknown[0]}; give it: {unknown[0]}=...")
+    secret = {key: o for key, o in ((o.partition("=")[0], o) for o in given) if key in hidden}
+    again = [secret.get(o.partition("=")[0], o) for o in again]
+    given = [o for o in given if o not in secret.values()]
+    elsewhere = any(_gives_data(o) for o in [*given, *secret.values()])
     with _inside(Path(command["folder"])):
         for line in differences(recorded, again) if _first_rank() else ():
             print(f"mmpretrain: warning: {line}", file=sys.stderr)
-        check_shards(recorded)
+        if not elsewhere:
+            check_shards(recorded)
         configs = [word for path in command["configs"] for word in ("--config-dir", path)]
         status = _train([*configs, *again, *given, f"run_dir={target}"])
     if status != EXIT_DONE or not _first_rank():
         return status
-    columns = [column for column in compare_logs(run, target, rtol) if column.steps]
-    samples = compare_samples(run, target)
-    for line in [*(column.line for column in columns), *([] if samples is None else [samples.line])]:
-        print(line)
-    if not columns:
+    logs: list[Column | Samples] = [*compare_logs(run, target, rtol)]
+    if not any(log.steps for log in logs):
         raise InputError(f"{run} and {target} have logged no step in common; nothing could be compared")
-    equal = all(column.step is None for column in columns) and (samples is None or samples.step is None)
+    samples = compare_samples(run, target)
+    logs += [] if samples is None else [samples]
+    other = list(other_shards(recorded, read(target)))
+    for line in [*other, *(log.line for log in logs)]:
+        print(line)
+    # What only the new run has logged says nothing against it; what only the first has was not reproduced.
+    equal = not other and all(log.step is None and not log.alone[0] for log in logs)
     print(f"{'reproduced' if equal else 'NOT reproduced'}: {run} by {target}")
     return EXIT_DONE if equal else EXIT_FAILED
 
@@ -98,7 +108,8 @@ def resolved(overrides: Sequence[str], configs: Sequence[str]) -> dict[str, Any]
 def check_shards(recorded: Mapping[str, Any]) -> None:
     """Raise `InputError` naming the first shard that is not the one the run has read.
 
-    Shards that are not there are left to the run where it prepares its own data.
+    Left to the run itself are shards that are not there where it prepares its own data, and remote ones that cannot be
+    read under the name the manifest has, which is without password and signature.
     """
     prepared = recorded["config"].get("data", {}).get("module", {}).get("prepare") is not None
     for source, found in recorded["shards"].items():
@@ -106,7 +117,7 @@ def check_shards(recorded: Mapping[str, Any]) -> None:
             try:
                 shard = Shard(name)
             except InputError:
-                if prepared:
+                if prepared or scheme_of(name) in REMOTE:
                     return
                 raise
             if shard.digest != digest:
@@ -114,6 +125,26 @@ def check_shards(recorded: Mapping[str, Any]) -> None:
                     f"{source}: shard {name} is not the one the run has read ({len(shard)} samples with digest "
                     f"{shard.digest:.12}, then {samples} with {digest:.12}); give back the shard as it was"
                 )
+
+
+def other_shards(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Name, for each source, the first shard of two manifests, wherever it lies, that has not the same content."""
+    for source in dict.fromkeys([*recorded["shards"], *new["shards"]]):
+        one, two = (part["shards"].get(source, {"shards": []})["shards"] for part in (recorded, new))
+        if len(one) != len(two):
+            yield f"{source}: the run has read {len(one)} shards, this one {len(two)}"
+        for (old, samples, _, digest), (name, now, _, other) in zip(one, two):
+            if (samples, digest) != (now, other):
+                yield (
+                    f"{source}: shard {name} is not {old} as the run has read it ({now} samples with digest "
+                    f"{other:.12}, then {samples} with {digest:.12})"
+                )
+                break
+
+
+def _gives_data(override: str) -> bool:
+    """Tell whether an override may change which shards are read."""
+    return re.split(r"[./@:=]", override.lstrip("+~"), maxsplit=1)[0] in ("data", "experiment")
 
 
 @contextlib.contextmanager

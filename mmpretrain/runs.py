@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sys
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
 from mmpretrain.secrets import masked_yaml
-from mmpretrain.training.checkpoint import newest, shapes
+from mmpretrain.training.checkpoint import newest, part, shapes
 from mmpretrain.training.folder import checkpoints, step_of
+from mmpretrain.training.folder import link as link_checkpoint
 from mmpretrain.training.manifest import MANIFEST, verify
 
 _locks: dict[Path, IO[str]] = {}
@@ -37,8 +39,20 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end: its metrics are written last."""
-        return (self.folder / "metrics.json").exists()
+        """Whether the run has come to its end at the checkpoint's step: its metrics are written last."""
+        try:
+            metrics = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+            return bool(metrics["train/steps"] == self.step)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+
+    def saved_order(self) -> dict[str, Any] | None:
+        """Read from the checkpoint what decided the order of the samples; None without a checkpoint."""
+        if self.checkpoint is None:
+            return None
+        callbacks = part(Path(self.checkpoint), "callbacks") or {}
+        found: dict[str, Any] | None = callbacks.get("DataLog", {}).get("order")
+        return found
 
     def start(self, config: DictConfig) -> None:
         """Make the folder, write the resolved config, and point `latest` at it; for rank 0.
@@ -48,6 +62,8 @@ class Run(NamedTuple):
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
         (self.folder / "config.yaml").write_text(masked_yaml(config), encoding="utf-8")
+        if self.checkpoint is not None and Path(self.checkpoint).parent == self.checkpoints:
+            link_checkpoint(self.checkpoints, "latest", Path(self.checkpoint).name)  # later ones are of another course
         link = self.folder.parent / "latest"
         if link.is_symlink() or not link.exists():
             temporary = link.with_name(f".latest.{os.getpid()}")
@@ -104,7 +120,10 @@ def _folder(config: DictConfig) -> Path:
 
 
 def _resumed(config: DictConfig) -> Run:
-    named = HydraConfig.initialized() and any(o.startswith("run_dir=") for o in HydraConfig.get().overrides.task)
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    named = hydra is not None and (
+        hydra.mode == RunMode.MULTIRUN or any(o.startswith("run_dir=") for o in hydra.overrides.task)
+    )
     folder = _folder(config)
     if config.resume == "auto":
         wanted = folder if named else (folder.parent / "latest").resolve()

@@ -22,7 +22,7 @@ _SECRET_KEY = re.compile(
     rf"(?:.*[_-])?(?:{_WORDS})s?|(?:.*[_-])?(?:auth|access|api|hf|bearer|session|security|refresh|id)[_-]?token|token",
     re.IGNORECASE,
 )
-_USER = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#@\s]+@", re.IGNORECASE)
+_USER = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/?#\s]+@", re.IGNORECASE)
 _QUERY = re.compile(
     rf"([?&;](?:[\w-]*(?:signature|credential|token|{_WORDS})|sig|key|auth|awsaccesskeyid)=)[^&#\s'\"]+", re.IGNORECASE
 )

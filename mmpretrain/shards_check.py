@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> int:
     if args.batch_size is not None:
         share = share_of(sum(c.samples for c in checks), args.batch_size, args.ranks, args.workers)
     report = summarize(checks, wanted, share)
-    print(json.dumps(plain(report), ensure_ascii=False) if args.json else "\n".join(lines(report)))
+    print(json.dumps(plain(report)) if args.json else "\n".join(lines(report)))
     return EXIT_FAILED if report.problems else EXIT_DONE
 
 
@@ -88,12 +88,13 @@ def index(args: argparse.Namespace) -> int:
     """Run `shards index`; returns 1 where a shard cannot be read or has lost samples."""
     found = _over(expand(args.path), _index_one, args.processes)
     if args.json:
-        print(json.dumps(plain(found), ensure_ascii=False))
+        print(json.dumps(plain(found)))
     else:
         for one in found:
             causes = ", ".join(f"{cause} {count}" for cause, count in one.causes.items())
             lost = f", {one.lost} lost ({causes})" if one.lost or one.causes else ""
-            print(one.problem if one.problem is not None else f"{one.shard}: {one.samples} samples{lost}")
+            said = one.problem if one.problem is not None else f"{one.shard}: {one.samples} samples{lost}"
+            print(printable(said))
         print(f"{sum(one.samples for one in found)} samples in {_count(len(found), 'shard')}")
     return EXIT_FAILED if any(one.lost or one.causes or one.problem for one in found) else EXIT_DONE
 
@@ -151,14 +152,14 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def plain(value: Any) -> Any:
-    """Turn named tuples inside a value into dictionaries, for JSON; undecodable names lose their odd bytes."""
+    """Turn named tuples inside a value into dictionaries, for JSON; names and keys lose characters that cannot be shown."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {name: plain(part) for name, part in zip(value._fields, value)}
     if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
+        return {printable(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
-    return _printable(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def lines(report: Report) -> list[str]:
@@ -179,7 +180,7 @@ def lines(report: Report) -> list[str]:
             f"{share.batches} batches of {share.batch_size}"
         )
     found += [f"PROBLEM: {problem}" for problem in report.problems] or ["sound: nothing wrong was found"]
-    return [_printable(line) for line in found]
+    return [printable(line) for line in found]
 
 
 def _duplicate_line(what: str, found: Duplicates) -> list[str]:
@@ -201,8 +202,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _printable(text: str) -> str:
-    """Keep escape codes and broken characters of keys and captions from the terminal."""
+def printable(text: str) -> str:
+    """Keep escape codes, line ends and broken characters of names, keys and captions from the terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

@@ -18,7 +18,7 @@ from mmpretrain.data.shards import Shard, expand
 from mmpretrain.data.sources import TABLES, Item, list_classes, list_folder, list_table
 from mmpretrain.data.write import Written, write_shards
 from mmpretrain.errors import InputError
-from mmpretrain.shards_check import add_parsers, check, human_bytes, index
+from mmpretrain.shards_check import add_parsers, check, human_bytes, index, plain, printable
 
 _SHOWN = 5  # captions that `list` prints
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return commands[args.command](args)
     except InputError as error:
-        print(f"mmpretrain: error: {error}", file=sys.stderr)
+        print(f"mmpretrain: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = "; finished shards are kept, run the same command again to go on" if args.command == "write" else ""
@@ -179,15 +179,15 @@ def _list(args: argparse.Namespace) -> int:
         "captions": captions,
     }
     if args.json:
-        print(json.dumps(about, ensure_ascii=False))
+        print(json.dumps(plain(about)))
         return 0
     for name, count in counts.items():
-        print(f"{name}: {count} samples")
+        print(printable(f"{name}: {count} samples"))
     print(f"{about['samples']} samples in {len(counts)} shard{'s' * (len(counts) != 1)}")
     for name in sorted(fields):
-        print(f"  {name}: {fields[name]} samples, {human_bytes(sizes[name])}")
+        print(printable(f"  {name}: {fields[name]} samples, {human_bytes(sizes[name])}"))
     for caption in captions:
-        print(f"  {caption['key']}: {caption['text']}")
+        print(printable(f"  {caption['key']}: {caption['text']}"))
     return 0
 
 
@@ -197,6 +197,6 @@ def _captions(key: str, sample: dict[str, bytes]) -> list[dict[str, str]]:
     for field in ("txt", "json"):
         if field in sample:
             text = " ".join(sample[field][:1000].decode("utf-8", "replace").split())
-            text = "".join(c if c.isprintable() else "\ufffd" for c in text)  # no escape codes to the terminal
+            text = printable(text)
             lines.append({"key": key, "text": text if len(text) <= 100 else text[:99] + "…"})
     return lines[:1]

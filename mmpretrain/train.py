@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain.config import instantiate
 from mmpretrain.data.datamodule import DataModule
+from mmpretrain.data.fingerprint import check_order
 from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
 from mmpretrain.errors import InputError, LimitReached, Preempted, RunFailed
@@ -53,6 +54,8 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     build = partial(instantiate, allow=tuple(config.allow_targets))
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}; give a number from 0 to {2**32 - 1}")
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     tokenizer: Tokenizer = build(config.tokenizer)
     model: MultimodalModel = build(config.model)
@@ -65,6 +68,7 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     data: DataModule = build(config.data.module)
     data.prepare_data()
     data.setup()
+    check_order(run.saved_order(), data, config.allow_new_order)
     parts = assemble(config, run.folder, run.checkpoints, preemption, build, tokenizer)
     parts.evaluation.check_data()
     trainer: lightning.Trainer = build(
@@ -87,6 +91,11 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     fit(trainer, module, data, run)
     if preemption.stopped_at is not None:
         release(trainer)
+        if not parts.checkpoints.stop_saved:
+            raise RunFailed(
+                f"stopped at step {preemption.stopped_at}, whose checkpoint could not be saved into {run.checkpoints}; "
+                f"make room there, then go on from the one before with run_dir={run.folder} resume=auto"
+            )
         raise Preempted(
             f"stopped at step {preemption.stopped_at} of {trainer.max_steps}; go on with the same command and "
             f"run_dir={run.folder} resume=auto"
@@ -106,9 +115,10 @@ def fit(trainer: lightning.Trainer, module: TrainingModule, data: DataModule, ru
         release(trainer)
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        if (dead := dead_worker(error, data)) is None:
+        what = dead_worker(error, data) or (str(error) if isinstance(error, OSError) else None)
+        if what is None:
             raise
-        raise RunFailed(f"{dead}; go on with run_dir={run.folder} resume=auto") from error
+        raise RunFailed(f"{what}; go on with run_dir={run.folder} resume=auto") from error
 
 
 def _beginning(run: Run, data: DataModule, ranks: int) -> Iterator[str]:
@@ -164,11 +174,13 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Asse
             model = instantiate(config.model, allow=tuple(config.allow_targets))
             model.load_state_dict(state)
         save(run.folder / "model", model, {**saved, "preprocess": resolved["data"]["preprocess"]})
-        write_metrics(run.folder / "metrics.json", final)
-        if config.report:
-            pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
-            path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
-            print(f"report: {path}", file=sys.stderr)
+        try:
+            if config.report:
+                pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
+                path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
+                print(f"report: {path}", file=sys.stderr)
+        finally:
+            write_metrics(run.folder / "metrics.json", final)  # last: with it the run is finished
     return final
 
 

@@ -147,7 +147,7 @@ def test_at_the_last_step_only_a_finished_run_has_nothing_left(tmp_path):
     check_checkpoint(run, torch.nn.Linear(3, 2), 3)
     with pytest.raises(InputError, match="nothing is left"):
         check_checkpoint(run, torch.nn.Linear(3, 2), 2)
-    (folder / "metrics.json").write_text("{}")
+    (folder / "metrics.json").write_text('{"train/steps": 3}')
     assert run.finished
     with pytest.raises(InputError, match=r"raise trainer\.max_steps"):
         check_checkpoint(run, torch.nn.Linear(3, 2), 3)

@@ -337,3 +337,36 @@ def test_resume_auto_with_a_run_dir_starts_where_there_is_nothing(tiny, tmp_path
     assert (tmp_path / "r" / "checkpoints" / "latest" / "manifest.json").is_file()
     assert run(*tiny, *once[:-1], "trainer.max_steps=4") == 0
     assert list(rows(tmp_path / "r")) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_going_on_in_another_order_is_refused_unless_asked_for(tiny, shards, tmp_path, capsys):
+    folder = tmp_path / "r"
+    common = ["evaluators=none", f"run_dir={folder}", "resume=auto"]
+    assert run(*tiny, *common, "trainer.max_steps=2") == 0
+    config = (folder / "config.yaml").read_bytes()
+    for change, words in (("seed=5", "seed was 0 and is 5"), ("data.global_batch_size=16", "was 8 and is 16")):
+        assert run(*tiny, *common, "trainer.max_steps=4", change) == 2
+        assert words in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == config  # a refused command leaves the run as it was
+    assert run(*tiny, *common, "trainer.max_steps=4", "seed=5", "allow_new_order=true") == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lengthened_and_killed_before_its_end_is_finished(tiny, tmp_path):
+    """The metrics of its first part are there, but they are not those of its last checkpoint."""
+    folder = tmp_path / "r"
+    common = ["evaluators=none", f"run_dir={folder}", "resume=auto"]
+    assert run(*tiny, *common, "trainer.max_steps=2") == 0
+    script = (
+        "import os, sys\n"
+        "import mmpretrain.train\n"
+        "from mmpretrain.cli import main\n"
+        "mmpretrain.train.finish = lambda *rest: os.kill(os.getpid(), 9)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    assert launch("-c", script, "train", *tiny, *common, "trainer.max_steps=4").returncode == -signal.SIGKILL
+    assert json.loads((folder / "metrics.json").read_text())["train/steps"] == 2
+    assert run(*tiny, *common, "trainer.max_steps=4") == 0
+    assert json.loads((folder / "metrics.json").read_text())["train/steps"] == 4
+    assert run(*tiny, *common, "trainer.max_steps=4") == 2  # now there is nothing left to do

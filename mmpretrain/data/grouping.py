@@ -25,11 +25,15 @@ Content = dict[str, dict[str, tuple[int, int]]]  # key -> field -> (size, checks
 
 
 class Grouped(NamedTuple):
-    """The samples that can be delivered, what was lost, and the content of lost samples that was once known."""
+    """The samples that can be delivered, what was lost, and the content of lost samples that was once known.
+
+    `nameless`: how many of the events have no key, though a sample may be lost there.
+    """
 
     samples: Samples
     events: list[DataEvent]
     lost: Content
+    nameless: int
 
 
 class _Hole(NamedTuple):
@@ -70,13 +74,16 @@ def group(found: Iterable[tuple[Member, int] | Damage], shard: str, known: Conte
     if known is not None and losses is not None:
         whole = {key for key, fields in samples.items() if key in known and _content(fields) == known[key]}
     sets = Counter(frozenset(fields) for fields in samples.values())
-    dropped = set[str]()
+    dropped, nameless = set[str](), 0
     for hole in holes:
         cost = [key for key in _cost(hole, samples, sets) if key not in whole]
         dropped.update(cost)
         guess = (_named(hole.damage.name) or (None,))[0]
         keys: list[str | None] = [*cost] or [None if guess in whole else guess]
         events += [DataEvent(shard, hole.damage.offset, key, hole.damage.cause, hole.damage.detail) for key in keys]
+        # Where one shard was put behind another, the samples on both sides are whole.
+        between = hole.before is not None and (hole.after is not None or hole.damage.offset == hole.damage.end)
+        nameless += keys == [None] and not (hole.damage.mark and between)
     if known is not None and losses is not None:
         events += [event for event in losses if event.key not in dropped]
         dropped.update(event.key for event in losses if event.key is not None)
@@ -84,7 +91,7 @@ def group(found: Iterable[tuple[Member, int] | Damage], shard: str, known: Conte
     events.sort(key=lambda event: len(samples) if event.offset is None else event.offset)
     kept = {key: fields for key, fields in samples.items() if key not in dropped}
     lost = {} if known is None or losses is None else {key: known[key] for key in known if key in dropped}
-    return Grouped(kept, events, lost)
+    return Grouped(kept, events, lost, nameless)
 
 
 def _join(found: Iterable[tuple[Member, int] | Damage], shard: str) -> tuple[Samples, list[_Hole], list[DataEvent]]:
@@ -161,7 +168,7 @@ def _content(fields: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
 def _compare(samples: Samples, known: Content, damaged: bool, shard: str) -> list[DataEvent] | None:
     """Return what went or changed since `known`; None if less than half of the shard is as it was: rewritten."""
     total = sum(map(len, samples.values()))
-    events: dict[str, DataEvent] = {}
+    changed: dict[str, list[str]] = {}  # key -> fields
     same, gone, had = 0, Counter[str](), Counter[str]()
     for key, fields in samples.items():
         then = known.get(key, {})
@@ -170,10 +177,17 @@ def _compare(samples: Samples, known: Content, damaged: bool, shard: str) -> lis
         for field, (size, checksum) in _content(fields).items():
             same += then.get(field) == (size, checksum)
             if field in then and then[field] != (size, checksum):
-                detail = f"{field} has other bytes than the index knows; {_CHANGED}"
-                events[key] = DataEvent(shard, fields[field].offset, key, "checksum", detail)
+                changed.setdefault(key, []).append(field)
     if 2 * same < total:
         return None
+    # A field that most samples of a sound shard have with other bytes was written anew, such as resized pictures.
+    counts = Counter(field for names in changed.values() for field in names)
+    anew = set[str]() if damaged else {field for field, count in counts.items() if count > 1 and 2 * count > had[field]}
+    events: dict[str, DataEvent] = {}
+    for key, names in changed.items():
+        for field in (name for name in names if name not in anew):
+            detail = f"{field} has other bytes than the index knows; {_CHANGED}"
+            events[key] = DataEvent(shard, samples[key][field].offset, key, "checksum", detail)
     # A field that most samples of a sound shard have lost was taken out on purpose.
     lost = {field for field, count in gone.items() if damaged or 2 * count <= had[field]}
     for key, fields in samples.items():

@@ -21,9 +21,10 @@ from mmpretrain.data.grouping import Content, group
 from mmpretrain.data.headers import text_of
 from mmpretrain.data.tar import Damage, Member, walk
 
-_VERSION = 3
+_VERSION = 4
 _CHUNK = 1 << 26  # bytes after which pages that were read are given back
-_ARRAYS = {"keys": np.uint8, "fields": np.uint8, "starts": np.int64, "rows": np.uint64, "losses": np.uint8}
+_DELIVERED = {"keys": np.uint8, "fields": np.uint8, "starts": np.int64, "rows": np.uint64}
+_ARRAYS = {**_DELIVERED, "losses": np.uint8}
 
 
 class Head(NamedTuple):
@@ -44,18 +45,19 @@ class Index(NamedTuple):
     rows: npt.NDArray[np.uint64]  # (members, 4): number of the field, offset, size, xxh3_64 of the bytes
     events: list[DataEvent]
     lost: Content  # what an earlier index knew of samples that are lost now
+    nameless: int  # events without a key at which a sample may be lost
     stamp: tuple[int, int]  # size in bytes and mtime in ns of the shard it was made from
 
     def head(self) -> Head:
-        """Return the counts, and the SHA-256 of everything but the stamp."""
+        """Return the counts, and the SHA-256 of what is delivered: not of how the index came to know it."""
         digest = hashlib.sha256()
-        for array in self._arrays().values():
+        arrays = self._arrays()
+        for array in (arrays[name] for name in _DELIVERED):
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
-        losses = [event.key for event in self.events if event.cause != "duplicate"]
-        delivered = set(self.keys) if losses else set()
-        keys = {key for key in losses if key is not None} - delivered
+        keys = {event.key for event in self.events if event.cause != "duplicate" and event.key is not None}
+        keys -= set(self.keys) if keys else set()
         # Where an earlier index names the lost, a damaged place without a key is one of them.
-        nameless = 0 if self.lost else losses.count(None)
+        nameless = 0 if self.lost else self.nameless
         return Head(len(self.keys), len(keys) + nameless, len(self.events), digest.hexdigest())
 
     def content(self) -> Content:
@@ -67,7 +69,8 @@ class Index(NamedTuple):
         return content
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        losses = json.dumps({"events": [event[1:] for event in self.events], "lost": self.lost}).encode()
+        events = [event[1:] for event in self.events]
+        losses = json.dumps({"events": events, "lost": self.lost, "nameless": self.nameless}).encode()
         return {
             "keys": np.frombuffer(_join(self.keys), np.uint8),
             "fields": np.frombuffer(_join(self.fields), np.uint8),
@@ -95,8 +98,8 @@ def build(data: bytes | mmap.mmap, shard: str, stamp: tuple[int, int], before: I
         rows += [(names.setdefault(name, len(names)), *place) for name, place in fields.items()]
         starts.append(len(rows))
     table = np.array(rows, dtype=np.uint64).reshape(-1, 4)
-    keys = list(grouped.samples)
-    return Index(keys, list(names), np.array(starts, dtype=np.int64), table, grouped.events, grouped.lost, stamp)
+    keys, places = list(grouped.samples), np.array(starts, dtype=np.int64)
+    return Index(keys, list(names), places, table, grouped.events, grouped.lost, grouped.nameless, stamp)
 
 
 def _summed(data: bytes | mmap.mmap, shard: str) -> Iterator[tuple[Member, int] | Damage]:
@@ -168,7 +171,9 @@ def load(path: Path, shard: str, stamp: tuple[int, int] | None) -> Index | None:
             str(key): {str(field): (int(size), int(checksum)) for field, (size, checksum) in members.items()}
             for key, members in losses["lost"].items()
         }
-        index = Index(keys, fields, arrays["starts"], arrays["rows"], events, lost, found)
+        if not 0 <= (nameless := int(losses["nameless"])) <= len(events):
+            return None
+        index = Index(keys, fields, arrays["starts"], arrays["rows"], events, lost, nameless, found)
         return index if _consistent(index) and index.head() == head else None
     except Exception:  # whatever is wrong with it (numpy, zipfile and json raise a dozen types), it is made again
         return None

@@ -76,8 +76,9 @@ def shares(weights: Mapping[str, float], parts: Sequence[str], global_batch_size
     if not parts or set(weights) != set(parts):
         raise InputError(f"weights name {sorted(weights)}, the parts are {sorted(parts)}; give each part one weight")
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"the weight of {name!r} is {weight}; give a number above 0, or leave the part out")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
+            raise InputError(f"the weight of {name!r} is {weight!r}; give a number above 0, or leave the part out")
     total = math.fsum(weights.values())
     exact = [global_batch_size * weights[name] / total for name in parts]
     counts = [math.floor(share) for share in exact]

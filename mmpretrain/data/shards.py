@@ -195,8 +195,11 @@ class _Origin(NamedTuple):
             self.cache / f"{digest}-{self.path.name}.idx.npz",
         )
 
-    def check(self) -> None:
-        """Raise `InputError` if the file is no longer the one that was opened; a remote one is fetched if gone."""
+    def check(self, exact: bool = False) -> None:
+        """Raise `InputError` if the file has another size than when it was opened; a remote one is fetched if gone.
+
+        `exact`: also if a local one has another time. Who reads leaves that to the checksums: one sample is lost.
+        """
         now = tar_index.stamp_of(fetch(self.url, self.cache))
         # What is fetched a second time may have another time; its bytes are compared with their checksums.
         remote = scheme_of(self.url) in REMOTE
@@ -205,7 +208,7 @@ class _Origin(NamedTuple):
                 f"{self.name} has {now[0]} bytes, its index is of one of {self.stamp[0]}; put the index made of this "
                 f"shard beside it (`mmpretrain shards index`), and give a changed shard a new name"
             )
-        if not remote and now != self.stamp:
+        if not remote and (now != self.stamp if exact else now[0] != self.stamp[0]):
             raise InputError(f"{self.path} changed since it was opened; leave shards alone while they are read")
 
 
@@ -274,14 +277,24 @@ def _index_of(origin: _Origin) -> tar_index.Index:
 
 
 def _build(origin: _Origin, before: tar_index.Index | None) -> tar_index.Index:
+    origin.check(exact=True)
+    try:
+        made = _walk(origin, before)
+    except DamageError:
+        if scheme_of(origin.url) in REMOTE:
+            origin.path.unlink(missing_ok=True)  # so that a repaired one is fetched
+        raise
+    origin.check(exact=True)
+    return made
+
+
+def _walk(origin: _Origin, before: tar_index.Index | None) -> tar_index.Index:
     name, stamp = origin.name, origin.stamp
-    origin.check()
     if stamp[0] == 0:
         raise DamageError(name, 0, "the file is empty; copy or write it again")
     with origin.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         data.madvise(mmap.MADV_SEQUENTIAL)
         made = tar_index.build(data, name, stamp, before)
-    origin.check()
     if not made.keys:
         at, why = 0, "files named key.field, such as 0001.jpg, are expected"
         if made.events:

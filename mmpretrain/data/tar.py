@@ -24,6 +24,7 @@ from mmpretrain.errors import InputError
 
 _MAX_NAME = 1 << 20  # bytes of one long name or pax header; a damaged size must not be believed
 _MAX_DAMAGES = 10_000
+_RECORD = 20 * BLOCK  # most writers fill a tar up to a multiple of it
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -39,7 +40,8 @@ class Damage(NamedTuple):
     """Bytes `offset` to `end` that hold no readable member.
 
     `name`: that of the member lost, as well as it can be told; `certain`: a sound header says so; `alone`: no
-    other member can have been there; `suspect`: the member before, if bytes were put into it or taken out.
+    other member can have been there; `suspect`: the member before, if bytes were put into it or taken out; `mark`:
+    only an end mark, in the middle or absent, so that no member need have been there.
     """
 
     offset: int
@@ -50,6 +52,7 @@ class Damage(NamedTuple):
     certain: bool = False
     alone: bool = False
     suspect: str | None = None
+    mark: bool = False
 
 
 class DamageError(InputError):
@@ -144,7 +147,8 @@ class _Walker:
         end = len(self.data)
         if self.position < end or any(isinstance(item, Damage) for item in self.held):
             return self.held
-        return [*self.held, Damage(end, end, "truncated", "no end mark; copy or write the shard again", None)]
+        detail = "no end mark; copy or write the shard again"
+        return [*self.held, Damage(end, end, "truncated", detail, None, mark=True)]
 
     def _unreadable(self, block: bytes) -> _Bad:
         if not block.strip(b"\0"):
@@ -175,7 +179,8 @@ class _Walker:
             after = self._behind_sparse(start, size)
             raise _Bad("refused", "a sparse member; write the shard without tar's --sparse", name, after)
         self._check_size(start, size, name)
-        if (other := swallowed_header(data, start, size)) is not None:
+        fits = self._fits(on_grid(start + size, start))
+        if not fits and (other := swallowed_header(data, start, size)) is not None:
             raise _Bad("header", f"a size of {size} bytes that covers the next header", name, other)
         regular = kind in b"07" or (kind == b"\0" and not name.endswith("/"))
         return Member(name, start, size) if regular else None, on_grid(start + size, start)
@@ -185,6 +190,14 @@ class _Walker:
             raise _Bad("header", "no valid size", name)
         if start + size > len(self.data):
             raise _Bad("truncated", f"a member of {size} bytes leaves the file of {len(self.data)}", name)
+
+    def _fits(self, after: int) -> bool:
+        """Tell whether a header or an end mark lies at `after`: then the size that led there is right.
+
+        The bytes before are the member's, whatever they hold: who makes a picture must not make samples.
+        """
+        mark = self.data[after : after + 2 * BLOCK]
+        return parse(mark[:BLOCK]) is not None or (len(mark) > 0 and not mark.strip(b"\0"))
 
     def _extend(self, kind: bytes, payload: bytes) -> None:
         if kind == b"L":
@@ -215,6 +228,7 @@ class _Walker:
         cause: Cause = "header" if bad.cause == "truncated" and again is not None else bad.cause
         certain = certain and bad.name is not None
         lost = Damage(begin, after, cause, bad.detail, bad.name, certain, self._alone(position, again))
+        lost = lost._replace(mark=cause == "zeros" and self._is_mark(begin, after))
         self.nameless = again is not None and not certain and hides_name(data, position, after)
         self.local, self.position = {}, after
         ready, self.held = self.held, [lost]
@@ -229,6 +243,12 @@ class _Walker:
             return False
         after = on_grid(position + BLOCK + size, position)
         return after == again or (again is None and not _something(self.data, after))
+
+    def _is_mark(self, begin: int, end: int) -> bool:
+        """Tell whether begin:end is as an end mark is: two zero blocks, or zeros up to the end of a record."""
+        size = end - begin
+        padded = end % _RECORD == 0 and 2 * BLOCK <= size < 2 * BLOCK + _RECORD
+        return (padded or size == 2 * BLOCK) and not self.data[begin:end].strip(b"\0")
 
     def _shifted(self, member: Member) -> bool:
         """Tell whether a member's bytes are not followed by zeros up to the next block: more were put in."""

@@ -161,6 +161,11 @@ def rebuild(path: Path, manifest: Manifest, tensor: Callable[[Mapping[str, Any]]
     return state
 
 
+def part(path: Path, name: str) -> Any:
+    """Read one part of a checkpoint's state, tensors as None; None where it lacks it. Raises `DamagedCheckpoint`."""
+    return rebuild(path, listed(path), lambda reference: None).get(name)
+
+
 def shapes(path: Path, part: str = "state_dict") -> dict[str, torch.Size]:
     """List the tensors of one part of a checkpoint with their whole shapes; reads `state.json` and headers alone.
 

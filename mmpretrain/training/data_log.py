@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmpretrain.data.datamodule import DataModule
 from mmpretrain.data.events import CAUSES, DataEvent
+from mmpretrain.data.fingerprint import check_ranks, fingerprint
 from mmpretrain.data.redact import redact, redact_text
 from mmpretrain.data.step import Step
 from mmpretrain.distributed import gather_objects
@@ -39,6 +43,7 @@ class DataLog(Callback):
         self, folder: str | Path, sample_log: bool = False, every_n_steps: int = 10, saves: Sequence[int] = ()
     ) -> None:
         self.events, self.samples = Path(folder) / "data_events.jsonl", Path(folder) / "samples.jsonl"
+        self._event_file, self._sample_file = _Pending(self.events), _Pending(self.samples)
         self.sample_log = sample_log
         self.intervals = [1] if sample_log else [n for n in (every_n_steps, *saves) if n > 0]
         self.rows = 0  # of all ranks and sources, as far as the ranks were asked
@@ -46,11 +51,14 @@ class DataLog(Callback):
         self.lost: Counter[str] = Counter()  # samples lost, by cause; rank 0 only
         self._seen: set[int] = set()
         self._started = False
+        self._order: dict[str, Any] = {}
         self._clear()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Drop the lines of steps that will be done again, and list what the indexes know to be lost."""
         self._started = True
+        check_ranks(_data(trainer))
+        self._order = fingerprint(_data(trainer))
         if not trainer.is_global_zero:
             return
         known = [_line(0, name, event) for name, found in _data(trainer).known_events().items() for event in found]
@@ -93,14 +101,14 @@ class DataLog(Callback):
         self.bad.update(line["cause"] for line in lines)
         if not trainer.is_global_zero:
             return
-        _append(self.events, [line for line in lines if self._count(line)])
+        self._event_file.append([line for line in lines if self._count(line)])
         if ranks[0]["ids"]:
             ids = [name for source in ranks[0]["ids"] for found in ranks for name in found["ids"][source]]
-            _append(self.samples, [{"step": trainer.global_step, "ids": ids}])
+            self._sample_file.append([{"step": trainer.global_step, "ids": ids}])
 
     def note(self, step: int, event: dict[str, Any]) -> None:
         """Write down what else happened at a step (a skipped one, say); called on rank 0 alone."""
-        _append(self.events, [{"step": step, **event}])
+        self._event_file.append([{"step": step, **event}])
 
     def check(self, trainer: Trainer) -> None:
         """Raise `LimitReached` where too many of the rows so far were lost."""
@@ -123,11 +131,11 @@ class DataLog(Callback):
         fraction = self.bad.total() / self.rows if self.rows else 0.0
         return {**counts, "data/lost/total": float(self.lost.total()), "data/bad_fraction": fraction}
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the counts of rows; those of samples are in the file."""
-        return {"rows": self.rows, **{f"bad/{cause}": count for cause, count in self.bad.items()}}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the order of samples, and the counts of rows; those of samples are in the file."""
+        return {"order": self._order, "rows": self.rows, **{f"bad/{cause}": count for cause, count in self.bad.items()}}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where a run was resumed; a rollback inside a run changes nothing, as the data goes on."""
         if not self._started:
             self.rows = state_dict["rows"]
@@ -169,6 +177,28 @@ def _append(path: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class _Pending:
+    """Appends lines to a file; where the system refuses (a full disk), says so once and tries again with the next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, list[dict[str, Any]]()
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Add lines, after those that could not be written before."""
+        waiting, self.lines = self.lines, [*self.lines, *lines]
+        if not self.lines:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            _append(self.path, self.lines)
+            self.lines = []
+        except OSError as error:
+            with suppress(OSError):  # half a line is worse than none
+                os.truncate(self.path, size)
+            if not waiting:
+                print(f"{self.path} cannot be written ({error.strerror}); its lines wait in memory", file=sys.stderr)
 
 
 def _lines_until(path: Path, step: int | None) -> list[dict[str, Any]]:

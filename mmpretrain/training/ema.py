@@ -65,6 +65,9 @@ class EMA(Callback):
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give `model` the averaged weights inside the `with` block, and its own back, bit for bit, after it."""
+        if not self.average:  # training has not begun
+            yield
+            return
         weights = _weights(model)
         own = {name: weight.clone() for name, weight in weights.items()}
         with torch.no_grad():

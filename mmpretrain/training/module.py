@@ -106,6 +106,9 @@ class TrainingModule(lightning.LightningModule):
                 weight = self.weights.get(name, 1.0)
                 if weight:
                     value = loss(outputs)
+                    if value.numel() != 1:
+                        raise InputError(f"loss {name!r} gives a tensor {tuple(value.shape)}; expected one number")
+                    value = value.reshape(())
                     total = total + weight * value
                     self.history[f"loss/{name}"] = self.history.get(f"loss/{name}", 0) + value.detach()
             self.history["logit_scale"] = outputs.logit_scale.detach()

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmpretrain.distributed import Agreement, barrier, is_distributed
 from mmpretrain.errors import EXIT_PREEMPTED
+from mmpretrain.training.watchdog import paused
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_INTERRUPTED = 130
@@ -84,12 +85,14 @@ class Preemption(Callback):
         if self.stopped_at is None and vote(self.signalled):
             self.stopped_at = trainer.global_step
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = None, None  # not before some step
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Count a signal that came after the last vote, in the final evaluation."""
         assert self._agreement is not None
-        if self.stopped_at is None and self._agreement.now(self.signalled):
-            self.stopped_at = trainer.global_step
+        with paused(trainer, "waiting for the other ranks to end"):
+            if self.stopped_at is None and self._agreement.now(self.signalled):
+                self.stopped_at = trainer.global_step
         self._agreement.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -120,9 +120,12 @@ class Checkpoints(Callback):
         self.folder, self.every_n_steps, self.max_failures = folder, every_n_steps, max_failures
         self.io = SafeCheckpointIO(keep, asynchronous)
         self.last: int | None = None
+        self.stop_saved = True  # whether the step at which a signal stopped the run is safe on the disk
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Do not save again what training goes on from."""
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        pack({"callbacks": states})  # what cannot be saved is said now and on every rank, not at the first save
         there = linked(self.folder, "latest")
         same = there is not None and there.exists() and step_of(there) == trainer.global_step
         self.last = trainer.global_step if any_rank(same and rank() == 0) else None
@@ -138,13 +141,15 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Save where a signal stopped the run, and wait for the last one."""
-        if trainer.should_stop:
-            self.save_now(trainer)
-        self.io.wait()
+        with paused(trainer, "saving"):
+            if trainer.should_stop:
+                self.stop_saved = self.save_now(trainer)
+            self.io.wait()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Wait for the last one."""
-        self.io.wait()
+        with paused(trainer, "saving"):
+            self.io.wait()
 
     def save(self, trainer: Trainer) -> None:
         """Save this step, in the background if asynchronous; every rank must call it. Raises `LimitReached`."""
@@ -177,6 +182,10 @@ class Checkpoints(Callback):
 
         Returns the step it is of, None where there is no checkpoint.
         """
+        with paused(trainer, "saving"):
+            return self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> int | None:
         self.io.wait()
         barrier()
         path: Path | None = trainer.strategy.broadcast(newest(self.folder).path if rank() == 0 else None)

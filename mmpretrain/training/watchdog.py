@@ -53,6 +53,7 @@ class Watchdog(Callback):
         self._children: list[Any] = []
         self._seen: tuple[Any, float] = (None, 0.0)
         self._beats = 0
+        self._said = ""
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -128,18 +129,20 @@ class Watchdog(Callback):
                 self._moved += now - last
                 self._seen = (None, now)
             last = now
+            if self._paused == 0 and now - self._moved > self.seconds:  # this needs no file, and no disk that answers
+                self._end(self._report(f"nothing moved for {now - self._moved:.0f} s"), GRACE)
             try:
                 self._beat()
                 if (alarm := self._alarm()) is not None:
                     own = readings(self._data) if self._phase == DATA else []
                     self._end([f"rank {self.rank} ({self._where()}) ends, because {alarm}", *own], 0.0)
-                if self._paused == 0 and now - self._moved > self.seconds:
-                    self._end(self._report(f"nothing moved for {now - self._moved:.0f} s"), GRACE)
                 if (lost := self._lost(now)) is not None:
                     self._end(self._report(f"rank {lost} has given no sign of life for {self.seconds:.0f} s"), GRACE)
             except OSError as error:  # a full or vanished disk is no stall, and others will speak of it
-                _say([f"the watchdog cannot use {self.folder}: {error}"])
-                self._stop.wait(10 * BEAT)
+                said = f"the watchdog cannot use {self.folder}: {error}"
+                if said != self._said:
+                    _say([said])
+                self._said = said
 
     def _beat(self) -> None:
         self._beats += 1
@@ -172,7 +175,9 @@ class Watchdog(Callback):
         return other if self._seen[0] is not None and now - self._seen[1] > self.seconds else None
 
     def _report(self, what: str) -> list[str]:
-        beats = [beat for beat in map(_read, self.folder.glob("rank_*.json")) if beat is not None]
+        beats = list[dict[str, Any]]()
+        with suppress(OSError):
+            beats = [beat for beat in map(_read, self.folder.glob("rank_*.json")) if beat is not None]
         # Ranks that wait in a collective have begun the step; those they wait for have not.
         first = min(((int(beat["step"]), beat["phase"] != DATA) for beat in beats), default=None)
         behind = [beat for beat in beats if (int(beat["step"]), beat["phase"] != DATA) == first]
@@ -188,8 +193,9 @@ class Watchdog(Callback):
         return f"{socket.gethostname()}, pid {os.getpid()}, {self._phase}, last step {self._step}"
 
     def _end(self, lines: list[str], grace: float) -> None:
-        if grace:
-            _write(self.folder / ALARM, {"why": f"rank {self.rank} reports: {lines[0]}"})
+        with suppress(OSError):
+            if grace:
+                _write(self.folder / ALARM, {"why": f"rank {self.rank} reports: {lines[0]}"})
         _say(lines)
         if grace or self._phase == DATA:  # elsewhere it is a rank that waits for another
             faulthandler.dump_traceback(2)

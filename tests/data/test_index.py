@@ -95,6 +95,28 @@ def test_damage_at_the_first_use(tmp_path: Path, change: Callable[[list[bytes]],
     assert (len(shard), shard.lost) == (len(keys), len(lost))
 
 
+@pytest.mark.parametrize(
+    ("raw", "counted"),
+    [
+        (b"".join(parts()), 0),  # no end mark
+        (b"".join(parts()) + parts()[0][:300], 1),  # cut inside a header
+        (b"".join(parts(2)) + END + b"".join(parts()[4:]) + END, 0),  # cat a.tar b.tar
+        (b"".join(parts(2)).ljust(10240, b"\0") + b"".join(parts()[4:]) + END, 0),
+        (b"".join(parts(2)) + bytes(512) + b"".join(parts()[4:]) + END, 1),  # as much as an empty member takes
+        (b"".join(parts(2)) + bytes(4096) + b"".join(parts()[4:]) + END, 1),  # a hole
+        (b"".join(parts(2)) + bytes(512) + BAD + b"".join(parts()[4:]) + END, 1),
+        (b"".join(parts(2)[:-1]) + END + b"".join(parts()[4:]) + END, 1),  # a member is gone
+        (END + b"".join(parts()) + END, 1),
+    ],
+)
+def test_an_end_mark_is_no_sample(tmp_path: Path, raw: bytes, counted: int) -> None:
+    (tmp_path / "a.tar").write_bytes(raw)
+    shard = Shard(tmp_path / "a.tar")
+    assert len(shard.events) == 1 and shard.lost == counted
+    shards._index_of.cache_clear()
+    assert Shard(tmp_path / "a.tar").lost == counted
+
+
 # --- an index from before is a witness --------------------------------------------------------------
 
 
@@ -125,6 +147,8 @@ def test_what_an_older_index_knew_is_missed(tmp_path: Path) -> None:
         (lambda m: m[4:], KEYS[2:]),  # shrank
         (lambda m: m[::2], KEYS),  # without the captions
         (lambda m: [part.replace(b"jpg ", b"JPG ").replace(b"txt ", b"TXT ") for part in m], KEYS),  # new content
+        (lambda m: [part.replace(b"jpg ", b"JPG ") for part in m], KEYS),  # new pictures
+        (lambda m: [part.replace(b"jpg ", b"JPG ") for part in m[:8]] + m[8:], KEYS),  # most of them
         (lambda m: [member(f"n{i}.jpg", b"x") for i in range(3)], ["n0", "n1", "n2"]),
     ],
 )
@@ -133,6 +157,25 @@ def test_a_shard_written_anew_is_believed(
 ) -> None:
     Shard(place(tmp_path / "a.tar", parts()))
     assert read(place(tmp_path / "a.tar", change(parts()))) == (keys, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda m: [part.replace(b"jpg ", b"JPG ") for part in m[:6]] + m[6:], KEYS[:3]),  # only half of the pictures
+        (lambda m: [part.replace(b"jpg ", b"JPG ").replace(b"txt 5", b"TXT 5") for part in m], KEYS[5:]),
+        (lambda m: [*m[:2], BAD, *[part.replace(b"jpg ", b"JPG ") for part in m[2:]]], KEYS[1:]),  # damaged, too
+    ],
+)
+def test_bytes_that_changed_in_part_are_lost(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], lost: list[str]
+) -> None:
+    members = [*parts(), *(member(f"{key}.cls", b"1") for key in KEYS)]
+    path = place(tmp_path / "a.tar", members)
+    Shard(path)
+    keys, events = read(place(path, change(members)))
+    assert keys == [key for key in KEYS if key not in lost]
+    assert {key for key, cause in events if cause == "checksum"} == set(lost)
 
 
 def test_a_cut_shard_names_what_it_lost(tmp_path: Path) -> None:
@@ -148,21 +191,26 @@ def test_a_cut_shard_names_what_it_lost(tmp_path: Path) -> None:
 # --- bytes that change under an index ---------------------------------------------------------------
 
 
-def flip(path: Path, at: int) -> None:
+def flip(path: Path, at: int, later: int = 0) -> None:
     stat = path.stat()
     with path.open("r+b") as file:
         file.seek(at)
         byte = file.read(1)
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
 
 
-def test_a_flipped_byte_costs_one_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("later", [0, 10**9])
+def test_a_flipped_byte_costs_one_sample(tmp_path: Path, later: int, opened: bool) -> None:
     path = place(tmp_path / "a.tar", parts())
     shard = Shard(path)
-    flip(path, 1024 + 512 + 5)  # in 0000.txt
-    flip(path, 2048 + 5)  # a header: the index knows the place
+    if opened:
+        shard.read(3)
+    flip(path, 1024 + 512 + 5, later)  # in 0000.txt
+    if not later:  # else the shard has no index any more
+        flip(path, 2048 + 5)  # a header: the index knows the place
     with pytest.raises(ChecksumError, match="txt has other bytes") as caught:
         shard.read(0)
     assert caught.value.event[:4] == (str(path), 1536, "0000", "checksum")
@@ -178,6 +226,9 @@ def test_a_shard_cut_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, 3000)
     assert shard.read(0)["txt"] == b"txt 0" * 30
     with pytest.raises(InputError, match="changed since it was opened"):
+        shard.read(5)
+    path.unlink()
+    with pytest.raises(InputError, match="does not exist"):
         shard.read(5)
 
 
@@ -205,6 +256,19 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     os.utime(b, ns=(5, 5))
     c = place(tmp_path / "c.tar", [*parts()[:-1], member("0005.txt", b"other")])
     assert Shard(a).digest == Shard(b).digest != Shard(c).digest
+
+
+def test_the_digest_does_not_depend_on_what_was_known_before(tmp_path: Path) -> None:
+    path, members = tmp_path / "a.tar", parts()
+    Shard(place(path, members))
+    place(path, [*members[:2], BAD, *members[3:]])  # with a witness
+    known = Shard(path)
+    assert known.index.lost
+    path.with_name("a.tar.idx.npz").unlink()
+    shards._index_of.cache_clear()
+    first = Shard(path)
+    assert not first.index.lost
+    assert known.keys == first.keys and known.digest == first.digest
 
 
 # --- the file may be damaged or forged --------------------------------------------------------------

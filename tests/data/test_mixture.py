@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -107,10 +108,13 @@ def test_parts_of_the_same_sizes_are_walked_differently_and_the_seed_counts() ->
         ({"a": 1, "b": 1}, r"weights name \['a', 'b'\], the parts are \['a', 'b', 'c'\]"),
         ({"a": 1, "b": 1, "c": 0}, "the weight of 'c' is 0"),
         ({"a": 1, "b": 1, "c": float("nan")}, "the weight of 'c' is nan"),
+        ({"a": 1, "b": "x", "c": 1}, "the weight of 'b' is 'x'; give a number"),
+        ({"a": 1, "b": 1, "c": None}, "the weight of 'c' is None; give a number"),
+        ({"a": 1, "b": True, "c": 1}, "the weight of 'b' is True; give a number"),
         ({"a": 100, "b": 100, "c": 1}, "part 'c' of weight 1 .of 201. gets no row of a global batch of 40"),
         ({"a": 1, "b": 38, "c": 1}, "part 'b' of a mixture: 37 samples in 3 shards cannot fill a global batch of 38"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(weights: dict[str, float], says: str) -> None:
+def test_weights_that_do_not_fit_are_refused(weights: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Mixture(PARTS, weights, 40, 0)

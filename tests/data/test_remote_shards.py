@@ -10,6 +10,7 @@ import pytest
 
 from mmpretrain import InputError
 from mmpretrain.data.shards import Shard, iter_shard
+from mmpretrain.data.tar import DamageError
 from tests.data.servers import Web, body
 
 
@@ -50,6 +51,15 @@ def test_one_that_made_room_for_others_is_fetched_again(web: Web, shards: Path, 
     found.unlink()  # what the cache does where it needs room
     assert Shard(f"{web.url}/0.tar").read(0) == Shard(shards / "00000.tar").read(0)
     assert web.seen.count("/0.tar") == 2
+
+
+def test_one_that_was_no_tar_is_fetched_again(web: Web, shards: Path, cache: Path) -> None:
+    right, web.routes["/0.tar"] = web.routes["/0.tar"], body(b"<html>busy</html>" * 100)
+    with pytest.raises(DamageError, match="not a tar file"):
+        Shard(f"{web.url}/0.tar")
+    assert not list(cache.glob("*.tar"))
+    web.routes["/0.tar"] = right
+    assert Shard(f"{web.url}/0.tar").read(0) == Shard(shards / "00000.tar").read(0)
 
 
 def test_an_index_of_another_shard_is_named(web: Web, shards: Path) -> None:

@@ -90,7 +90,7 @@ SPARSE = header(b"%011o\0" % 512, kind=b"S", name=b"s.txt")
         (A + header(b"-0000000512\0") + C + END, ["a.txt", "c.txt"], [(1536, 2048, "header", "a.txt")]),
         (A + header(b"\xff" * 12) + C + END, ["a.txt", "c.txt"], [(1536, 2048, "header", "a.txt")]),
         (A + header(b"77777777777\0") + C + END, ["a.txt", "c.txt"], [(1536, 2048, "header", "a.txt")]),
-        (header(b"%011o\0" % 1600) + BAD + A + C + END, ["a.txt", "c.txt"], [(0, 1024, "header", "a.txt")]),
+        (header(b"%011o\0" % 1000) + BAD + A + C + END, ["a.txt", "c.txt"], [(0, 1024, "header", "a.txt")]),
         (A + SPARSE + BAD + C + END, ["a.txt", "c.txt"], [(1536, 2560, "refused", "s.txt")]),
         (OLD + BAD + member("b", b"2", False) + END, ["old", "b"], [(1024, 1536, "header", "x" * 100)]),
     ],
@@ -121,6 +121,14 @@ def test_a_lost_long_name_costs_its_member(format: int, zeroed: bool) -> None:
 def test_a_tar_inside_a_tar_is_bytes() -> None:
     inner = A + B + END
     assert read(member("t.tar", inner) + C + END) == (["t.tar", "c.txt"], [])
+
+
+@pytest.mark.parametrize("behind", [C + END, END, END + C + END])
+@pytest.mark.parametrize("hidden", [A + B, A + B + END])
+def test_a_tar_hidden_in_a_picture_makes_no_sample(hidden: bytes, behind: bytes) -> None:
+    names, damages = read(member("p.jpg", b"\xff" * 512 + hidden) + behind)
+    assert names == ["p.jpg", "c.txt"][: 1 + (C in behind)]
+    assert len(damages) == (behind == END + C + END)
 
 
 def test_bytes_put_into_a_member_are_noticed() -> None:

@@ -120,7 +120,11 @@ def swapped(raw: bytes, entries: list[Entry], generator: random.Random) -> Damag
 
 def wrong_size(raw: bytes, entries: list[Entry], generator: random.Random) -> Damaged:
     entry = generator.choice(entries)
-    larger = generator.randrange(entry.end - entry.data + 1, len(raw))
+    # A right checksum and a size that leads just to a header, or to the end mark, are no damage but another shard.
+    begins, larger, after = {other.begin for other in entries}, 0, entry.end
+    while not larger or after in begins or entries[-1].end <= after < len(raw):
+        larger = generator.randrange(entry.end - entry.data + 1, len(raw))
+        after = entry.data + _up(larger)
     size = generator.choice(
         [
             b"-%010o\0" % generator.randrange(1, 1 << 20),

@@ -248,3 +248,25 @@ def test_files_and_the_stop_are_the_same_for_any_number_of_ranks(folder: Path, t
         found[count] = (state, why.replace(str(out), ""), files)
     assert found[1] == found[2]
     assert [len(line["ids"]) for line in lines(tmp_path / "2" / "samples.jsonl")] == [16] * 12
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(folder: Path, tmp_path: Path, capsys) -> None:
+    """`/dev/full` refuses every byte, as a full disk does."""
+    log, want = DataLog(tmp_path / "a", sample_log=True), DataLog(tmp_path / "b", sample_log=True)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+
+    class Full(lightning.Callback):
+        def on_train_batch_end(self, trainer, *rest: Any) -> None:
+            path = tmp_path / "a" / "samples.jsonl"
+            if trainer.global_step == 3:
+                path.rename(tmp_path / "aside")
+                path.symlink_to("/dev/full")
+            if trainer.global_step == 7:
+                path.unlink()
+                (tmp_path / "aside").rename(path)
+
+    fit(data_module(folder, max_bad_fraction=0.2), log, Full())
+    fit(data_module(folder, max_bad_fraction=0.2), want)
+    assert (tmp_path / "a" / "samples.jsonl").read_bytes() == (tmp_path / "b" / "samples.jsonl").read_bytes()
+    assert capsys.readouterr().err.count("cannot be written") == 1

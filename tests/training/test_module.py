@@ -126,3 +126,14 @@ def test_the_step_count_is_never_asked_of_lightning():
     """Reading it in configure_optimizers makes Lightning 2.6 drop the state of the data loader."""
     package = Path(mmpretrain.__file__).parent
     assert not [p for p in package.rglob("*.py") if "estimated_stepping_batches" in p.read_text()]
+
+
+def test_a_loss_is_one_number_of_any_shape():
+    def trained(shape) -> TrainingModule:
+        loss = lambda outputs: outputs.logit_scale.expand(shape)  # noqa: E731
+        sgd = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
+        return TrainingModule(models.coca(), {"scale": loss}, sgd, parameter_groups)
+
+    assert trained((1,)).training_step(Step({"a": models.batch(4)}, Trace({}, {})), 0).shape == ()
+    with pytest.raises(InputError, match="'scale' gives a tensor"):
+        trained((2,)).training_step(Step({"a": models.batch(4)}, Trace({}, {})), 0)
