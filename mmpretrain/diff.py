@@ -165,7 +165,10 @@ def _alone(counts: tuple[int, int]) -> str:
 
 
 def _plain(found: Difference) -> dict[str, Any]:
-    logs = [{"column": c.name, "steps": c.steps, "step": c.step, "values": c.values, "alone": c.alone} for c in found.columns]
+    logs = [
+        {"column": c.name, "steps": c.steps, "step": c.step, "values": c.values, "alone": c.alone}
+        for c in found.columns
+    ]
     samples = None if found.samples is None else found.samples._asdict()
     return {**found._asdict(), "columns": logs, "samples": samples}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import mmpretrain
 from mmpretrain.data.redact import redact
@@ -223,7 +223,9 @@ def _command() -> dict[str, Any]:
     }
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
-        found["overrides"] = masked_overrides(hydra.overrides.task)
+        # As they were given: reading one would put in what its `${oc.env:NAME}` stands for.
+        overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+        found["overrides"] = masked_overrides(overrides)
         found["folder"] = hydra.runtime.cwd
         found["configs"] = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return found

@@ -152,7 +152,7 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 
 def plain(value: Any) -> Any:
-    """Turn named tuples inside a value into dictionaries, for JSON; names and keys lose characters that cannot be shown."""
+    """Turn named tuples inside a value into dictionaries, for JSON; texts lose characters that cannot be shown."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {name: plain(part) for name, part in zip(value._fields, value)}
     if isinstance(value, dict):

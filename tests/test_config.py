@@ -217,6 +217,8 @@ def test_secrets_are_masked_in_text():
         "a.password=${oc.env:P}",
         "data=s3://***@h/x",
     ]
+    assert masked_text("https://me:p@ss@host/a.tar") == "https://***@host/a.tar"
+    assert masked_text("s3://a@b:c@d@h/x@y.tar and http://host/u@v") == "s3://***@h/x@y.tar and http://host/u@v"
     message = "cannot fetch https://h/x.tar?sig=abc&Expires=3: 403"
     assert masked_text(message) == "cannot fetch https://h/x.tar?sig=***&Expires=3: 403"
     assert masked_text("write to a@b.org, see https://example.org/a?b=c") == (

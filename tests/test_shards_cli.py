@@ -1,7 +1,11 @@
 """`mmpretrain shards`: a folder or table in, shards and a summary out, one line on wrong input."""
 
+import io
 import json
+import os
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +174,33 @@ def test_what_check_looks_for_can_be_said(tmp_path: Path, capsys: Capture) -> No
     assert "  4-7 " in capsys.readouterr().out
     assert main(["check", str(tmp_path), "--image", "wav", "--caption", "none"]) == 1
     assert "unreadable image" in capsys.readouterr().out
+
+
+def test_odd_names_are_shown_on_one_line_and_in_any_encoding(tmp_path: Path) -> None:
+    """Keys, fields and file names that are no UTF-8, or hold line ends and escape codes."""
+    folder = os.fsencode(tmp_path) + b"/d\xe9\n\x1b[31m"
+    Path(os.fsdecode(folder)).mkdir()
+    path = os.fsdecode(folder + b"/\xff.tar")
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for i, (key, field) in enumerate(((b"caf\xe9", b"txt"), (b"a\nb\x1b[31m", b"tx\n\xff"), (b"caf\xe9", b"txt"))):
+            member = tarfile.TarInfo(os.fsdecode(key + b"." + field))
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"%2d" % i))
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"}
+    words = ["list", "list --json", "index", "index --json", "check", "check --json"]
+    code = (
+        "import sys; from mmpretrain.shards_cli import main; "
+        f"sys.exit(max([main([*words.split(), sys.argv[1]]) for words in {words!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, env=environment)
+    assert done.returncode == 1 and done.stderr == b"", done.stderr.decode()  # what the tar holds twice is a fault
+    lines = done.stdout.decode().splitlines()
+    assert all(line.isprintable() for line in lines), lines
+    objects = [json.loads(line) for line in lines if line.startswith(("{", "["))]
+    assert len(objects) == 3 and all(line.isascii() for line in lines if line.startswith(("{", "[")))
+    shown = f"{tmp_path}/d\ufffd\ufffd\ufffd[31m/\ufffd.tar"
+    assert objects[0]["shards"][0]["path"] == objects[1][0]["shard"] == shown
+    assert "tx\ufffd\ufffd" in objects[0]["fields"]
 
 
 def test_index_makes_the_index_files(tmp_path: Path, capsys: Capture) -> None:

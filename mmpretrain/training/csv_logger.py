@@ -95,16 +95,13 @@ class MetricsCsv(Logger):
         """Take over the rows of the file; a line that was cut, or that is none of numbers, is dropped."""
         text = self.path.read_bytes().decode(errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        self._sound = whole == text
         header, *lines = whole.splitlines() or [""]
         self._columns = next(csv.reader([header]), [])
         found = {}
         for line in lines:
-            row = next(csv.reader([line]), [])
-            try:
-                values = dict(zip(self._columns, row, strict=True))
-                found[int(values.pop("step"))] = {k: float(v) for k, v in values.items() if v}
-            except (ValueError, KeyError):
-                self._sound = False
+            with suppress(ValueError, KeyError, csv.Error):
+                values = dict(zip(self._columns, next(csv.reader([line]), []), strict=True))
+                found[int(values["step"])] = {k: float(v) for k, v in values.items() if v and k != "step"}
         self.rows = dict(sorted(found.items()))
-        self._sound = self._sound and list(self.rows) == list(found) and len(found) == len(lines)
+        in_order = list(found) == list(self.rows) and len(found) == len(lines)
+        self._sound = whole == text and in_order and "step" in self._columns

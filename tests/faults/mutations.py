@@ -92,7 +92,8 @@ def payload_bit(raw: bytes, entries: list[Entry], generator: random.Random) -> D
 
 
 def truncate(raw: bytes, entries: list[Entry], generator: random.Random) -> Damaged:
-    cut = generator.randrange(entries[0].end, entries[-1].end)
+    second = next(entry for entry in entries if entry.key != entries[0].key)  # without one whole sample it is refused
+    cut = generator.randrange(second.begin, entries[-1].end)
     return Damaged(raw[:cut], {entry.key for entry in entries if entry.data + entry.size > cut})
 
 
