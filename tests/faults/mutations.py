@@ -83,12 +83,14 @@ def sound_shard(generator: random.Random) -> tuple[bytes, list[Entry], Read]:
 
 def header_bit(raw: bytes, entries: list[Entry], generator: random.Random) -> Damaged:
     entry = generator.choice(entries)
-    return Damaged(_flip(raw, generator.randrange(entry.begin, entry.data), generator), {entry.key})
+    at = generator.choice([entry.begin, entry.header]) + generator.randrange(512)
+    return Damaged(_flip(raw, at, generator), {entry.key})
 
 
 def payload_bit(raw: bytes, entries: list[Entry], generator: random.Random) -> Damaged:
     entry = generator.choice([entry for entry in entries if entry.size])
-    return Damaged(_flip(raw, entry.data + generator.randrange(entry.size), generator), {entry.key})
+    places = [*range(entry.data, entry.data + entry.size), *range(entry.begin + 512, entry.header)]  # also a long name
+    return Damaged(_flip(raw, generator.choice(places), generator), {entry.key})
 
 
 def truncate(raw: bytes, entries: list[Entry], generator: random.Random) -> Damaged:
