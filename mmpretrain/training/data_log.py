@@ -129,7 +129,8 @@ class DataLog(Callback):
                 self._count(line)
         counts = {f"data/lost/{cause}": float(self.lost[cause]) for cause in CAUSES if self.lost[cause]}
         fraction = self.bad.total() / self.rows if self.rows else 0.0
-        return {**counts, "data/lost/total": float(self.lost.total()), "data/bad_fraction": fraction}
+        total = float(self.lost.total() - self.lost["duplicate"])  # of a doubled member the first is delivered
+        return {**counts, "data/lost/total": total, "data/bad_fraction": fraction}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the order of samples, and the counts of rows; those of samples are in the file."""
