@@ -167,7 +167,7 @@ def test_a_log_that_lacks_steps_or_columns_of_the_run_does_not_reproduce_it(run:
 
 def test_a_run_that_logs_more_reproduces_it(run: Path, tmp_path: Path, capsys: Capture) -> None:
     old = tmp_path / "old"
-    shutil.copytree(run, old, symlinks=True)
+    shutil.copytree(run, old, symlinks=True, ignore=shutil.ignore_patterns("reproduced"))
     log = old / "metrics.csv"
     cut(log, 3)
     log.write_text(f"{log.read_text()}3,0.")  # killed in the middle of a line
