@@ -133,11 +133,13 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         """Save where it is time, the last step included."""
         step = trainer.global_step
-        skipped = getattr(module, "skipped", None)
-        if step != trainer.max_steps and skipped is not None and skipped.item():
-            return  # only after a good step, so that going back leads out of a row of bad ones
-        if step == trainer.max_steps or (self.every_n_steps > 0 and step % self.every_n_steps == 0):
+        if step == trainer.max_steps:
             self.save(trainer)
+        elif self.every_n_steps > 0 and step % self.every_n_steps == 0:
+            skipped = getattr(module, "skipped", None)  # on the device: read only where a save is due
+            # Only after a good step, so that going back leads out of a row of bad ones.
+            if skipped is None or not skipped.item():
+                self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Save where a signal stopped the run, and wait for the last one."""
