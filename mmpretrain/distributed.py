@@ -190,7 +190,8 @@ class Agreement:
 
 def run_id() -> str:
     """Name this run, the same on every rank though clocks differ: SLURM's job id, by torchrun's store, or the time."""
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    seconds, rest = divmod(time.time_ns(), 10**9)  # to the millisecond: a script can start two runs in one second
+    now = f"{time.strftime('%Y-%m-%d_%H-%M-%S', time.localtime(seconds))}-{rest // 10**6:03d}"
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return f"slurm_{os.environ['SLURM_JOB_ID']}"
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -119,7 +119,7 @@ def test_run_id_is_one_for_all_ranks_of_torchrun(tmp_path):
     ]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     first, second = ((tmp_path / rank).read_text() for rank in "01")
-    assert first == second and len(first) == 19
+    assert first == second and len(first) == 23
 
 
 def test_only_this_file_talks_to_other_processes():
