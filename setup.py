@@ -21,6 +21,7 @@ TEST = [
     "tensorboard>=2.16",
     "transformers>=4.50",
     "moto[s3,server]>=5",
+    "torchao>=0.18",
 ]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.25"]
 DEV = ["mypy>=1.13", "pre-commit>=3.5", "ruff>=0.8", "build>=1.2"]
@@ -54,6 +55,7 @@ setup(
         "regex>=2023.0",
         "rich>=13",
         "safetensors>=0.4.5",
+        "simplejpeg>=1.8",
         "timm>=1.0.22",
         "tokenizers>=0.20",
         "torch>=2.10",
@@ -75,7 +77,9 @@ setup(
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
-        "bench": ["open_clip_torch>=3.2"],
+        "fp8": ["torchao>=0.18"],
+        "bench": [*DEMO, "open_clip_torch>=3.2", "scikit-learn>=1.4"],
+        "bench-gpu": ["inf-cl>=1.2.1", "siglip-kernel>=0.1.2"],
         "dev": [*TEST, *DOCS, *DEV],
     },
     entry_points={"console_scripts": ["mmpretrain=mmpretrain.cli:main"]},

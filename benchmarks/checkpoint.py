@@ -1,11 +1,12 @@
-"""What a checkpoint costs: how long training stands still, and the processor time of the thread that writes.
+"""What a checkpoint costs: how long training stands still, saved in the background against saved at once.
 
-`python -m benchmarks.checkpoint [--parameters 150] [--rounds 5] [--folder DIR]`
+    python -m benchmarks.checkpoint [--parameters 150] [--rounds 5] [--folder DIR] [--json]
+
+The peer is our own synchronous save. First both checkpoints are loaded and compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import _harness as harness
 from mmpretrain.training.checkpoint import load, save
 from mmpretrain.training.saving import SafeCheckpointIO
 
@@ -28,24 +30,22 @@ def state(parameters: int) -> dict[str, Any]:
     return {"state_dict": weights, "optimizer_states": [{"state": moments, "param_groups": []}], "global_step": 0}
 
 
-def median(name: str, values: list[float], size: float) -> None:
-    middle = statistics.median(values)
-    spread = f"{min(values):.2f} to {max(values):.2f}"
-    print(f"{name:<52} {middle:8.2f} s   ({spread})   {size / middle / 1e9:5.2f} GB/s")
+def difference(wanted: dict[str, Any], found: dict[str, Any]) -> float:
+    """Return the largest difference of any weight."""
+    pairs = [(tensor, found["state_dict"][name]) for name, tensor in wanted["state_dict"].items()]
+    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parameters", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder")
-    given = parser.parse_args()
+    """Compare, measure, print."""
+    made = harness.parser(__doc__)
+    made.add_argument("--parameters", type=int, default=150, help="millions")
+    made.add_argument("--folder", help="where checkpoints are written")
+    given = made.parse_args()
     whole = state(given.parameters)
     size = 3 * given.parameters * 4e6
-    print(f"{given.parameters} million parameters with AdamW state: {size / 1e9:.2f} GB, {given.rounds} rounds")
-    stalls: dict[bool, list[float]] = {True: [], False: []}
     background: list[float] = []
-    whole_time: list[float] = []
+    written: list[float] = []
 
     def timed(*arguments: Any) -> object:
         before = time.thread_time()
@@ -54,27 +54,37 @@ def main() -> None:
         return done
 
     with tempfile.TemporaryDirectory(dir=given.folder) as place:
-        folder = Path(place)
-        for asynchronous in (False, True):
-            io = SafeCheckpointIO(keep=1, asynchronous=asynchronous)
-            io.writer = timed if asynchronous else save
-            for step in range(given.rounds + asynchronous):  # the first asynchronous one also makes its memory
-                whole["global_step"] = step + 100 * asynchronous
-                before = time.perf_counter()
-                io.save_checkpoint(whole, folder / "step")
-                stalls[asynchronous].append(time.perf_counter() - before)
-                io.wait()
-                whole_time.append(time.perf_counter() - before)
-            io.teardown()
-        before = time.perf_counter()
-        load(folder / f"step_{given.rounds + 100:08d}")
-        loading = time.perf_counter() - before
-    print(f"{'first asynchronous save (allocates the copy)':<52} {stalls[True].pop(0):8.2f} s")
-    median("training stands still, synchronous", stalls[False], size)
-    median("training stands still, asynchronous", stalls[True], size)
-    median("asynchronous, until it is safe on the disk", whole_time[-given.rounds :], size)
-    median("asynchronous, processor time of the thread", background[-given.rounds :], size)
-    print(f"{'load, with every hash checked':<52} {loading:8.2f} s")
+        folders = {"ours": Path(place) / "background", "peer": Path(place) / "at_once"}
+        writers = {side: SafeCheckpointIO(keep=1, asynchronous=side == "ours") for side in folders}
+        writers["ours"].writer = timed
+
+        def stall(side: str) -> float:
+            whole["global_step"] += 1
+            before = time.perf_counter()
+            writers[side].save_checkpoint(whole, folders[side] / "step")
+            stalled = time.perf_counter() - before
+            writers[side].wait()
+            if side == "ours":
+                written.append(time.perf_counter() - before)
+            return stalled
+
+        differences, loading = {}, 0.0
+        for side, folder in folders.items():
+            stall(side)  # the first one in the background also makes its memory
+            before = time.perf_counter()
+            differences[f"weights saved {folder.name}"] = (difference(whole, load(next(folder.glob("step_*")))), 0.0)
+            loading = time.perf_counter() - before
+        checked = harness.check(differences)
+        found = harness.alternate({side: lambda side=side: stall(side) for side in folders}, given.rounds, 0)  # type: ignore[misc]
+        for writer in writers.values():
+            writer.teardown()
+    rows = [harness.Row("training stands still", "s", found["ours"], found["peer"], "saved at once", False)]
+    notes = [
+        f"In the background: {statistics.median(written):.2f} s until it is safe on the disk, "
+        f"{statistics.median(background):.2f} s of processor time. Loaded, with every hash checked, in {loading:.2f} s."
+    ]
+    settings = {"parameters": f"{given.parameters} million", "GB": round(size / 1e9, 2), "rounds": given.rounds}
+    harness.finish(harness.Report("checkpoint", rows, checked, ["torch"], settings, notes), given.json)
 
 
 if __name__ == "__main__":

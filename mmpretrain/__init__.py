@@ -27,17 +27,20 @@ if TYPE_CHECKING:
         contrastive_loss,
         multi_positive_contrastive_loss,
         prediction_loss,
+        ring_contrastive_loss,
         ring_sigmoid_loss,
         sigmoid_loss,
+        tiled_contrastive_loss,
+        tiled_sigmoid_loss,
     )
     from mmpretrain.model import MultimodalModel
     from mmpretrain.pretrained import Pretrained, load, save
-    from mmpretrain.types import IGNORE_INDEX, Batch, Encoded, Outputs, Padded, Prediction
+    from mmpretrain.types import IGNORE_INDEX, Batch, Encoded, Lengths, Outputs, Padded, Prediction
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "mmpretrain.types": ("IGNORE_INDEX", "Batch", "Encoded", "Outputs", "Padded", "Prediction"),
+    "mmpretrain.types": ("IGNORE_INDEX", "Batch", "Encoded", "Lengths", "Outputs", "Padded", "Prediction"),
     "mmpretrain.errors": ("InputError",),
     "mmpretrain.encoders": (
         "CascadedAttentionPool",
@@ -56,8 +59,11 @@ _HOMES = {
         "contrastive_loss",
         "multi_positive_contrastive_loss",
         "prediction_loss",
+        "ring_contrastive_loss",
         "ring_sigmoid_loss",
         "sigmoid_loss",
+        "tiled_contrastive_loss",
+        "tiled_sigmoid_loss",
     ),
     "mmpretrain.model": ("MultimodalModel",),
     "mmpretrain.pretrained": ("Pretrained", "load", "save"),
@@ -68,6 +74,7 @@ __all__ = [  # noqa: RUF022 (grouped as the README's table: types, model, encode
     "IGNORE_INDEX",
     "Batch",
     "Encoded",
+    "Lengths",
     "Outputs",
     "Padded",
     "Prediction",
@@ -87,8 +94,11 @@ __all__ = [  # noqa: RUF022 (grouped as the README's table: types, model, encode
     "contrastive_loss",
     "multi_positive_contrastive_loss",
     "prediction_loss",
+    "ring_contrastive_loss",
     "ring_sigmoid_loss",
     "sigmoid_loss",
+    "tiled_contrastive_loss",
+    "tiled_sigmoid_loss",
     "Pretrained",
     "load",
     "save",

@@ -1,4 +1,4 @@
-"""The `mmpretrain` command: `train`, `evaluate`, `shards`; glue only."""
+"""The `mmpretrain` command: `train`, `evaluate`, `plan`, `shards`; glue only."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ USAGE = """usage: mmpretrain COMMAND ...
 
   mmpretrain train [key=value ...]                        train (without arguments: a demo of a few minutes)
   mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate a saved model zero-shot
+  mmpretrain plan [key=value ...]                         predict memory, speed and GPU hours of a training
   mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
   mmpretrain shards check PATH... | index PATH...         find what is wrong with them, or index them
   mmpretrain reproduce RUN                                run a run again and compare
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "evaluate": _evaluate,
+        "plan": _plan,
         "shards": _shards,
         "reproduce": _reproduce,
         "diff": _diff,
@@ -128,6 +130,16 @@ def _evaluate(arguments: list[str]) -> int:
             show(metrics)
 
     return _hydra("evaluate", job, arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    def job(config: Any) -> None:
+        from mmpretrain.planning.plan import plan
+        from mmpretrain.planning.show import show
+
+        show(plan(config), config.json)
+
+    return _hydra("plan", job, arguments)
 
 
 def _hydra(name: str, job: Callable[[Any], None], arguments: list[str]) -> int:

@@ -32,14 +32,23 @@ COMMAND_LINE_ONLY = ("callbacks", "hydra_logging", "job.env_set", "job_logging",
 
 
 def register_resolvers() -> None:
-    """Make `${run_id:}`, `${cpu_count:}` and `${openmoji_root:}` known to OmegaConf."""
+    """Make `${run_id:}`, `${cpu_count:}`, `${cpu_precision:}` and `${openmoji_root:}` known to OmegaConf."""
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
     OmegaConf.register_new_resolver("cpu_count", _cpu_count, replace=True)
+    OmegaConf.register_new_resolver("cpu_precision", _cpu_precision, replace=True)
     OmegaConf.register_new_resolver("openmoji_root", _openmoji_root, replace=True)
 
 
 def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from mmpretrain.training.cpu import available_cores
+
+    return available_cores()
+
+
+def _cpu_precision() -> str:
+    from mmpretrain.training.cpu import cpu_precision
+
+    return cpu_precision()
 
 
 def _run_id() -> str:

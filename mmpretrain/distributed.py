@@ -58,10 +58,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # reduce_scatter would move 1/W of this; gloo lacks it, and the features are small beside the weights.
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        own = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
 
 
 def gather(x: Tensor) -> Tensor:
@@ -123,6 +122,20 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(x)
     return x
+
+
+def exponentials_over_ranks(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up total x exp(largest), each (N,), over ranks without overflow or gradient, given and returned as the two.
+
+    A rank passes the largest of its numbers and the sum of their exponentials relative to it.
+    """
+    if not is_distributed():
+        return largest, total
+    top = largest.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    total = total * (largest - top).exp_()
+    dist.all_reduce(total)
+    return top, total
 
 
 def rotate(*tensors: Tensor) -> list[Tensor]:

@@ -49,7 +49,8 @@ class Decoder:
         caches: list[KeyValueCache] = [*self.text.caches, *self.state.caches]
         for cache in caches:
             cache.select(rows)
-        self.context = Encoded(*(tensor[rows] for tensor in self.context))
+        pooled, tokens, mask, _ = self.context
+        self.context = Encoded(pooled[rows], tokens[rows], None if mask is None else mask[rows])
 
 
 @torch.no_grad()

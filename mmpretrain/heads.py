@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.packing import pack_places, worth_packing
 from mmpretrain.types import IGNORE_INDEX, Batch, Prediction
 
 
@@ -26,9 +27,16 @@ class CaptionHead(nn.Module):
         nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, fused: Mapping[str, Tensor], batch: Batch) -> Prediction:
-        """Predict from fused (B,L,width) tokens: hidden (B,L-1,width) with labels (B,L-1)."""
-        values, mask = batch[self.modality]
-        labels = values[:, 1:]
-        if mask is not None:
-            labels = labels.masked_fill(~mask[:, 1:], IGNORE_INDEX)
-        return Prediction(fused[self.modality][:, :-1], self.weight, labels)
+        """Predict from fused (B,L,width) tokens: hidden (B,L-1,width) with labels (B,L-1).
+
+        Where the lengths are known, only what is asked: hidden (P,width) with labels (P,).
+        """
+        values, mask, lengths = batch[self.modality]
+        hidden, labels = fused[self.modality], values[:, 1:]
+        if mask is None:
+            return Prediction(hidden[:, :-1], self.weight, labels)
+        if lengths is not None and worth_packing(mask, lengths):
+            packing = pack_places(mask, lengths, extra=-1)
+            asked = packing.pack(values.roll(-1, 1)).masked_fill(~packing.kept, IGNORE_INDEX)
+            return Prediction(packing.pack(hidden), self.weight, asked)
+        return Prediction(hidden[:, :-1], self.weight, labels.masked_fill(~mask[:, 1:], IGNORE_INDEX))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpretrain.errors import InputError
+from mmpretrain.packing import Packing
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(width, width)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.num_heads, -1)
 
     def forward(
         self,
@@ -71,24 +72,41 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Attend; `mask` is bool, broadcastable to (B,heads,N,M), True = may be attended to.
 
         Give `mask` or `causal`, not both. With a `cache`, `x` holds only the new positions, each of which sees all
-        cached ones and, if `causal`, the new ones up to itself.
+        cached ones and, if `causal`, the new ones up to itself. With a `packing`, `x` is (P,width) and attends to its
+        own row: to itself as the packing says, or to a `context` (B,M,context_width).
         """
-        context = x if context is None else context
-        q, k, v = self._split(self.q(x)), self._split(self.k(context)), self._split(self.v(context))
+        read = x if context is None else context
+        q, k, v = self._split(self.q(x)), self._split(self.k(read)), self._split(self.v(read))
+        if packing is None:
+            out = self._attend(q, k, v, mask, causal, cache)
+        elif context is None:
+            out = packing.attend(q, k, v)
+        elif packing.bias is None and mask is None:
+            out = packing.attend_context(q, k, v)
+        else:
+            out = packing.pack(self._attend(packing.unpack(q), k, v, mask, False, None))
+        return self.o(out.flatten(-2))  # type: ignore[no-any-return]
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, cache: KeyValueCache | None
+    ) -> Tensor:
+        """Let (B,N,heads,d) attend to (B,M,heads,d)."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
         if causal and k.shape[2] != q.shape[2]:  # is_causal aligns the triangle top-left, which is wrong here
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - q.shape[2])
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
             causal = False
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         else:
             out = _plain_attention(q, k, v, mask, causal)
-        return self.o(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return out.transpose(1, 2)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -136,10 +154,15 @@ class Block(nn.Module):
         self.mlp = Mlp(width, round(width * mlp_ratio), activation)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Transform (B,N,D) tokens."""
-        x = x + self.attention(self.norm1(x), mask=mask, causal=causal, cache=cache)
+        """Transform (B,N,D) tokens, or packed ones (P,D)."""
+        x = x + self.attention(self.norm1(x), mask=mask, causal=causal, cache=cache, packing=packing)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
@@ -162,10 +185,10 @@ class CrossBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, round(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Let (B,N,D) tokens read (B,M,context_width); `mask` (B,M), True = may be read."""
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """Let (B,N,D) tokens, or packed ones (P,D), read (B,M,context_width); `mask` (B,M), True = may be read."""
         mask = None if mask is None else mask[:, None, None, :]
-        x = x + self.attention(self.norm1(x), self.context_norm(context), mask=mask)
+        x = x + self.attention(self.norm1(x), self.context_norm(context), mask=mask, packing=packing)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 

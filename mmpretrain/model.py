@@ -82,7 +82,10 @@ class MultimodalModel(nn.Module):
         if modality not in self.encoders:
             raise InputError(f"no encoder for {modality!r}; this model has {', '.join(self.encoders)}")
         padded = values if isinstance(values, Padded) else Padded(values)
-        encoded: Encoded = self.encoders[modality](*padded)
+        encoder = self.encoders[modality]
+        # Only an encoder that asks for it is told what the host knows of the lengths; others need only tensors.
+        known = (padded.lengths,) if getattr(encoder, "skips_padding", False) else ()
+        encoded: Encoded = encoder(padded.values, padded.mask, *known)
         return encoded
 
     def embed(self, modality: str, values: Padded | Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class MultimodalModel(nn.Module):
 
 def identity(padded: Padded) -> Tensor:
     """Hash (B,L) ids to (B,) int64 that does not depend on how far a row is padded; equal rows have equal hashes."""
-    values, mask = padded
+    values, mask = padded.values, padded.mask
     # Wrapping int64 arithmetic: a polynomial of odd multipliers in the position, mixed per id.
     position = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=torch.int64)
     mixed = (values.to(torch.int64) + 1) * -7046029254386353131

@@ -29,12 +29,16 @@ from mmpretrain.provenance import manifest, record
 from mmpretrain.report import report_run
 from mmpretrain.runs import Run, check_checkpoint, open_run
 from mmpretrain.training.assembly import Assembly, assemble
+from mmpretrain.training.compilation import check_place, uncompiled
 from mmpretrain.training.csv_logger import MetricsCsv
 from mmpretrain.training.fsdp import full_state
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.preemption import Preemption, release
 from mmpretrain.training.workers import dead_worker
 from mmpretrain.types import Tokenizer
+
+STEP = ("micro_batch_size", "compile", "activation_checkpointing", "fp8")
+"""Keys of the group `trainer` that are not Lightning's but say how a step is computed."""
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -60,8 +64,9 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     tokenizer: Tokenizer = build(config.tokenizer)
     model: MultimodalModel = build(config.model)
     check_tokenizer(model, tokenizer)
-    arguments = dict(resolved["trainer"])
-    module = training_module(config, model, arguments.pop("micro_batch_size", None), build)
+    arguments = {key: value for key, value in resolved["trainer"].items() if key not in STEP}
+    step = {key: value for key, value in resolved["trainer"].items() if key in STEP}
+    module = training_module(config, model, step, build)
     run = open_run(config)
     check_checkpoint(run, module, config.trainer.max_steps)
     config.run_dir = str(run.folder)  # what loggers and config.yaml see
@@ -82,6 +87,8 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
         num_sanity_val_steps=0,
         log_every_n_steps=1,  # nothing goes through Lightning's own logging; see Metrics
     )
+    if module.compile_mode is not None:
+        check_place(module.compile_mode, trainer.strategy.root_device, trainer.world_size)
     if trainer.is_global_zero:
         run.start(config)
         stack.callback(run.end)
@@ -130,9 +137,9 @@ def _beginning(run: Run, data: DataModule, ranks: int) -> Iterator[str]:
 
 
 def training_module(
-    config: DictConfig, model: MultimodalModel, micro_batch_size: int | None, build: Callable[..., Any]
+    config: DictConfig, model: MultimodalModel, step: Mapping[str, Any], build: Callable[..., Any]
 ) -> TrainingModule:
-    """Build losses, optimizer and scheduler around a model."""
+    """Build losses, optimizer and scheduler around a model; `step` has the values of `STEP`."""
     if config.trainer.get("accumulate_grad_batches", 1) != 1:
         raise InputError(
             "trainer.accumulate_grad_batches changes a contrastive loss, which needs a batch's negatives at once; "
@@ -147,8 +154,8 @@ def training_module(
         optimizer["weight_decay"],
         build(config.scheduler),
         losses["weights"],
-        micro_batch_size,
-        config.seed,
+        seed=config.seed,
+        **step,
     )
 
 
@@ -177,7 +184,8 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Asse
         try:
             if config.report:
                 pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
-                path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
+                with uncompiled():
+                    path = report_run(run.folder, config, pretrained, final, evaluation.evaluators)
                 print(f"report: {path}", file=sys.stderr)
         finally:
             write_metrics(run.folder / "metrics.json", final)  # last: with it the run is finished

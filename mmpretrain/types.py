@@ -21,11 +21,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from mmpretrain.errors import InputError
 
 IGNORE_INDEX = -100
 """Label of a position at which nothing is asked (the value `torch.nn.functional.cross_entropy` skips)."""
+
+
+class Lengths:
+    """How many leading positions of each row are real, kept on the host, so nothing has to ask the device.
+
+    `counts` (B,) int64, `total` their sum, `longest` the largest. For tensors of few sizes: `room` is above the total
+    by 1 to 128 (and by about 1/32 of it at most), `width` is `longest` rounded up to a multiple of 8. Raises
+    `InputError` for counts that are not of shape (B,), or negative.
+
+    A plain class: pinning and moving to a device walk into tuples and NamedTuples, not into this.
+    """
+
+    def __init__(self, counts: Sequence[int] | NDArray[np.int64]) -> None:
+        self.counts: NDArray[np.int64] = np.asarray(counts, dtype=np.int64)
+        if self.counts.ndim != 1 or (self.counts < 0).any():
+            raise InputError(f"lengths are {counts!r}; expected one count of at least 0 for each row")
+        self.total = int(self.counts.sum())
+        self.longest = int(self.counts.max(initial=0))
+        step = min(max(16, 2 ** (self.total.bit_length() - 6)), 128)
+        self.room = (self.total // step + 1) * step
+        self.width = max(-(-self.longest // 8) * 8, 8)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __repr__(self) -> str:
+        return f"Lengths({self.counts.tolist()})"
+
+    def rows(self, rows: slice) -> Lengths:
+        """Lengths of some rows."""
+        return Lengths(self.counts[rows])
 
 
 class Padded(NamedTuple):
@@ -33,15 +68,26 @@ class Padded(NamedTuple):
 
     `values`: image (B,C,H,W) uint8 or float, text (B,L) int64, audio (B,1,F,T), video (B,T,C,H,W).
     `mask`: (B,L) or (B,T) bool, True = real; None = nothing is padding.
+    `lengths`: what `mask` says, known to the host; only where the real positions of every row come first. None = not
+    known.
     """
 
     values: Tensor
     mask: Tensor | None = None
+    lengths: Lengths | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Padded:
-        """Move both tensors to `device`."""
+        """Move both tensors to `device`; the lengths stay on the host."""
         mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
-        return Padded(self.values.to(device, non_blocking=non_blocking), mask)
+        return Padded(self.values.to(device, non_blocking=non_blocking), mask, self.lengths)
+
+    def rows(self, rows: slice) -> Padded:
+        """Some rows of the batch."""
+        return Padded(
+            self.values[rows],
+            None if self.mask is None else self.mask[rows],
+            None if self.lengths is None else self.lengths.rows(rows),
+        )
 
 
 Batch = dict[str, Padded]
@@ -49,17 +95,23 @@ Batch = dict[str, Padded]
 
 
 class Encoded(NamedTuple):
-    """What every encoder returns: pooled (B,D) not normalised, tokens (B,N,D), mask (B,N) True = may be attended to."""
+    """What every encoder returns: pooled (B,D) not normalised, tokens (B,N,D), mask (B,N) True = may be attended to.
+
+    A mask of None says that all may be, without a tensor that has to be read.
+    `lengths`: what `mask` says, where the host knows it (see `Padded`). Tokens beyond it are finite and mean nothing.
+    """
 
     pooled: Tensor
     tokens: Tensor
-    mask: Tensor
+    mask: Tensor | None
+    lengths: Lengths | None = None
 
 
 class Prediction(NamedTuple):
     """A classification over a vocabulary that is not multiplied out.
 
     hidden (B,L,D), weight (V,D) the output embedding, labels (B,L) int64 with `IGNORE_INDEX` where nothing is asked.
+    Packed, without what padding takes, they are hidden (P,D) and labels (P,): a loss flattens both shapes alike.
     The loss decides how to multiply, so that (B,L,V) logits need never exist.
     """
 
@@ -88,7 +140,11 @@ class Outputs(NamedTuple):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Raw modality -> `Encoded`; `width` is D of its pooled output."""
+    """Raw modality -> `Encoded`; `width` is D of its pooled output.
+
+    An encoder with the class attribute `skips_padding = True` also takes the `Lengths` of the batch, or None, as third
+    argument.
+    """
 
     width: int
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from mmpretrain import MultimodalModel, Padded
 from mmpretrain.composition import register_resolvers
 from mmpretrain.config import instantiate
-from mmpretrain.train import check_tokenizer
+from mmpretrain.train import STEP, check_tokenizer
 from mmpretrain.types import Loss, Tokenizer
 
 CONFIGS = Path(str(files("mmpretrain.configs")))
@@ -110,14 +110,14 @@ def test_trainers_build(name):
     composed = config(f"trainer={name}")
     assert composed.trainer.max_steps >= 1
     if name in ("cpu", "ddp_cpu"):
-        arguments = {key: value for key, value in composed.trainer.items() if key != "micro_batch_size"}
+        arguments = {key: value for key, value in composed.trainer.items() if key not in STEP}
         built = instantiate(arguments, logger=False, enable_checkpointing=False)
         assert isinstance(built, lightning.Trainer)
     else:  # no GPU here: the arguments must at least be the trainer's own
         import inspect
 
         known = inspect.signature(lightning.Trainer).parameters
-        assert set(composed.trainer) - {"_target_", "micro_batch_size"} <= set(known)
+        assert set(composed.trainer) - {"_target_", *STEP} <= set(known)
 
 
 def test_tensorboard_logger_builds(tmp_path):

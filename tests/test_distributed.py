@@ -32,6 +32,8 @@ def on_ranks() -> dict[str, object]:
         "sum": distributed.sum_over_ranks(torch.tensor(rank + 1)),
         "seen": seen,
         "home": block.item(),
+        # At 1e4 apart, one exponential is nothing beside the other; nothing may overflow.
+        "exponentials": distributed.exponentials_over_ranks(torch.tensor([5.0, 1e4 * rank]), torch.tensor([2.0, 1.0])),
     }
 
 
@@ -45,6 +47,8 @@ def test_collectives(world_size):
         assert result["sum"].item() == sum(range(1, world_size + 1))
         assert result["seen"] == [float((rank - hop) % world_size) for hop in range(world_size)]
         assert result["home"] == rank
+        largest, total = result["exponentials"]
+        assert largest.tolist() == [5.0, 1e4 * (world_size - 1)] and total.tolist() == [2.0 * world_size, 1.0]
 
 
 def test_one_process_is_the_identity():
@@ -54,6 +58,7 @@ def test_one_process_is_the_identity():
     torch.testing.assert_close(distributed.gather_uneven(x), x.detach())
     torch.testing.assert_close(distributed.sum_over_ranks(x), x.detach())
     assert distributed.rotate(x)[0] is x
+    assert distributed.exponentials_over_ranks(x, x) == (x, x)
     distributed.barrier()
 
 

@@ -61,7 +61,7 @@ def test_ecosystem_names_take_plain_tensors():
 def test_caption_labels_are_the_next_tokens_and_skip_padding():
     model, batch = models.coca(), models.batch(3, lengths=[4, 7, 12])
     prediction = model(batch).predictions["caption"]
-    ids, _mask = batch["text"]
+    ids = batch["text"].values
     assert prediction.hidden.shape == (3, 11, 32) and prediction.weight.shape == (models.VOCAB, 32)
     for row, length in enumerate([4, 7, 12]):
         assert prediction.labels[row, : length - 1].tolist() == ids[row, 1:length].tolist()

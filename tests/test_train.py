@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import mmpretrain
 from mmpretrain.cli import main
@@ -90,6 +91,25 @@ def test_resuming_goes_on_with_the_very_next_sample(tiny, tmp_path):
     assert [r["loss/total"] for r in got.values()] == [r["loss/total"] for r in want.values()]
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(parts)[name], tensor), name
+
+
+def test_compiled_and_checkpointed_steps_are_those_of_a_plain_run(tiny, tmp_path):
+    """Through resume, moving average, evaluation and saving; the traced graph runs as it is, without a compiler."""
+    common = [*tiny, "trainer.max_steps=4", "callbacks.ema.decay=0.9", "callbacks.checkpoint_every_n_steps=2"]
+    faster = ["trainer.compile=aot_eager", "trainer.activation_checkpointing=selective"]
+    assert run(*common, f"run_dir={tmp_path / 'plain'}") == 0
+    torch._dynamo.reset()
+    folder = [f"run_dir={tmp_path / 'faster'}", *faster]
+    assert run(*common, *folder, "evaluators=none", "trainer.max_steps=2", "scheduler.total_steps=4") == 0
+    assert counters["stats"]["unique_graphs"] > 0
+    assert run(*common, *folder, "resume=auto") == 0
+    plain, got = (rows(tmp_path / name) for name in ("plain", "faster"))
+    for step, values in plain.items():
+        assert got[step]["loss/total"] == pytest.approx(values["loss/total"], rel=1e-4), step
+    recall = "val/retrieval/text_to_image/recall@5"
+    assert got[4][recall] == plain[4][recall]
+    for name, tensor in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "faster")[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_workers_change_nothing(tiny, tmp_path):
@@ -179,6 +199,9 @@ WRONG = {
     "unsafe target": (["data.preprocess._target_=os.system"], ["os.system", "not allowed"]),
     "warm-up too long": (["scheduler.warmup_steps=9"], ["warmup_steps=9", "6 training steps"]),
     "accumulation": (["+trainer.accumulate_grad_batches=2"], ["micro_batch_size"]),
+    "compile": (["trainer.compile=fast"], ["trainer.compile is 'fast'", "reduce-overhead"]),
+    "checkpointing": (["trainer.activation_checkpointing=some"], ["'some'", "full, selective"]),
+    "8 bits without a GPU": (["trainer.fp8=true"], ["trainer.fp8"]),
     "nothing to resume": (["resume=/nowhere/run"], ["resume=/nowhere/run", "there is no such path"]),
     "best without evaluation": (["callbacks.best.monitor=x"], ["evaluate_every_n_steps"]),
     "validation data missing": (["data.val=/nowhere/val.tar"], ["/nowhere/val.tar"]),

@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from mmpretrain.data.board import ReadingBoard
 from mmpretrain.data.cache import REMOTE, scheme_of
+from mmpretrain.data.device_prefetch import DevicePrefetch
 from mmpretrain.data.events import DataEvent
 from mmpretrain.data.examples import ShardExamples
 from mmpretrain.data.order import Ordering, Position
+from mmpretrain.data.pool import SPARE, Pool, PooledCollate
 from mmpretrain.data.prefetch import Prefetch
 from mmpretrain.data.redact import redact
 from mmpretrain.data.shards import Shard
@@ -121,6 +123,7 @@ class DataModule(lightning.LightningDataModule):
         self.board = ReadingBoard(num_workers)
         self.shards: dict[str, list[Shard]] = {}
         self.orders: dict[str, Ordering] = {}
+        self.row_bytes = 0  # of the tensors of one row of every source
 
     def prepare_data(self) -> None:
         """Build the data where it has to be built (one process on each machine)."""
@@ -139,8 +142,7 @@ class DataModule(lightning.LightningDataModule):
         examples = self._examples()
         for name, found in opened.items():
             order = found.order(self.global_batch_size, self.seed)
-            for indices in found.probes(PROBES):
-                self._probe(examples, name, indices)
+            self.row_bytes += max(self._probe(examples, name, indices) for indices in found.probes(PROBES))
             self.orders[name] = order
 
     def sizes(self) -> dict[str, Sizes]:
@@ -151,14 +153,16 @@ class DataModule(lightning.LightningDataModule):
         """List, for each source, what was lost already when its shards were indexed."""
         return {name: [event for shard in found for event in shard.events] for name, found in self.shards.items()}
 
-    def train_dataloader(self) -> DataLoader[Drawn]:
-        """Yield this rank's steps from the trainer's present one on."""
+    def train_dataloader(self) -> DataLoader[Drawn] | DevicePrefetch:
+        """Yield this rank's steps from the trainer's present one on, on a GPU copied there one ahead."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("DataModule.train_dataloader needs a trainer; use loader() outside of one")
         if trainer.max_steps < 1:
             raise InputError(f"trainer.max_steps is {trainer.max_steps}; give the training length in steps")
-        return self.loader(trainer.global_rank, trainer.world_size, trainer.global_step, trainer.max_steps)
+        loader = self.loader(trainer.global_rank, trainer.world_size, trainer.global_step, trainer.max_steps)
+        device = trainer.strategy.root_device
+        return DevicePrefetch(loader, device) if device.type == "cuda" else loader
 
     def loader(self, rank: int, world_size: int, start_step: int, max_steps: int) -> DataLoader[Drawn]:
         """Yield rank `rank`'s `Step` for steps `start_step` to `max_steps`."""
@@ -170,10 +174,12 @@ class DataModule(lightning.LightningDataModule):
         self.setup()
         batch_size = self.global_batch_size // world_size
         names = {name: [shard.url for shard in found] for name, found in self.shards.items()}
+        # The room of a batch's tensors: a little more than they take, as each column begins at a multiple of 64.
+        pool = Pool(self.num_workers, self.prefetch_factor + SPARE, batch_size * self.row_bytes + 4096)
         return DataLoader(
             self._examples(),
             batch_sampler=StepSampler(self.orders, names, batch_size, rank, start_step, max_steps),
-            collate_fn=self.collate,
+            collate_fn=PooledCollate(self.collate, pool) if self.num_workers else self.collate,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -184,14 +190,17 @@ class DataModule(lightning.LightningDataModule):
         fields = {name: source.fields for name, source in self.sources.items()}
         return ShardExamples(fields, self.shards, self.used, self.seed, self.board)
 
-    def _probe(self, examples: ShardExamples, source: str, indices: list[int]) -> None:
-        """Try samples until one can be used; raises `InputError` where none can: the fault is the config's then."""
+    def _probe(self, examples: ShardExamples, source: str, indices: list[int]) -> int:
+        """Try samples until one can be used and return the bytes of its tensors.
+
+        Raises `InputError` where none can: the fault is the config's then.
+        """
         lost: list[DataEvent] = []
         for index in indices:
             found = examples.read(source, *examples.place(source, index), torch.Generator().manual_seed(0))
             if not isinstance(found, DataEvent):
                 self.collate([Drawn(source, "", found, None)])
-                return
+                return sum(value.nbytes for value in found.values() if isinstance(value, torch.Tensor))
             lost.append(found)
         raise InputError(
             f"none of the {len(lost)} samples tried can be used; {redact(lost[0].shard)}: {lost[0].detail}"

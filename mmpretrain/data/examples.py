@@ -107,10 +107,11 @@ class ShardExamples(Dataset[Drawn]):
     def _candidates(self, source: str, index: int) -> Iterator[tuple[int, int]]:
         """Yield the (shard, row) to try for a sample index, itself first."""
         first, row = self.place(source, index)
+        yield first, row  # nearly always all that is asked for
         sizes = self.sizes[source]
         filled = (np.flatnonzero(np.roll(sizes, -first)) + first) % len(sizes)  # from `first` on, around the end
         for shard in filled[:SHARDS_TRIED].tolist():
-            for step in range(min(ROWS_TRIED, int(sizes[shard]))):
+            for step in range(1 if shard == first else 0, min(ROWS_TRIED, int(sizes[shard]))):
                 yield shard, (row + step) % int(sizes[shard])
 
     def _seed(self, source: str, epoch: int, index: int) -> int:

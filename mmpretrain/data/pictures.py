@@ -10,25 +10,33 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Literal, get_args
 
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from mmpretrain.data import jpeg
 from mmpretrain.data.fields import DecodeError, Sample, check_limit, check_names, find, name_of
+from mmpretrain.data.pixels import FromPicture, Picture
 from mmpretrain.errors import InputError
 
+Decode = Literal["exact", "scaled"]
 Transform = Callable[[PILImage.Image, torch.Generator], Tensor]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 2**25  # 5792 x 5792: under 1 GiB at the worst 27 bytes a pixel
 MAX_BYTES = 2**26
 MAX_PARTS = 2**16
-MAX_SCANNED = 2**32  # scans x pixels of a JPEG: five seconds
+MAX_SCANNED = 2**32  # scans x pixels of a JPEG: five seconds, twice that where libjpeg-turbo gives up and PIL decides
 
 
 class Image:
     """A picture field -> what `transform` makes of it: uint8 (3,H,W).
+
+    `transform`: takes a decoded PIL image of any mode, or is a `FromPicture`, as `Augment` and `Preprocess` are, for
+    which JPEGs are decoded by libjpeg-turbo. `decode`: "exact" gives PIL's own pixels; "scaled" lets a JPEG be decoded
+    at 1/2, 1/4 or 1/8 of its size where the transform still has as many pixels as it returns: faster, approximate.
 
     The first of `extensions` that the sample has is read. Only `formats` (PIL's names) are tried, whatever
     the extension says, and of an animation only the first frame. A file over `max_bytes` or a picture over
@@ -38,11 +46,12 @@ class Image:
 
     def __init__(
         self,
-        transform: Transform,
+        transform: Transform | FromPicture,
         extensions: Sequence[str] = ("jpg", "jpeg", "png", "webp", "gif"),
         max_pixels: int = MAX_PIXELS,
         max_bytes: int = MAX_BYTES,
         formats: Sequence[str] = FORMATS,
+        decode: Decode = "exact",
     ) -> None:
         limit = PILImage.MAX_IMAGE_PIXELS
         if max_pixels < 1 or (limit is not None and max_pixels > limit):
@@ -50,25 +59,44 @@ class Image:
                 f"max_pixels={max_pixels}; expected 1 to {limit}, "
                 "PIL's own limit: raise PIL.Image.MAX_IMAGE_PIXELS to allow more"
             )
+        if decode not in get_args(Decode):
+            raise InputError(f"decode={decode!r}; expected one of {', '.join(get_args(Decode))}")
         self.transform = transform
         self.extensions = check_names(extensions, "extensions")
         self.max_pixels = max_pixels
         self.max_bytes = check_limit(max_bytes, "max_bytes")
         self.formats = tuple(formats)
+        self.decode: Decode = decode
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Tensor:
         """Decode and transform the sample's picture."""
-        image = self.open(sample)
+        extension, data = find(sample, self.extensions, "extensions")
         try:
-            return self.transform(image, generator)
+            if isinstance(self.transform, FromPicture):
+                return self.transform.from_picture(self._picture(sample, extension, data), generator)
+            return self.transform(self.open(sample), generator)
+        except DecodeError:
+            raise
         except InputError as error:  # pixels of a kind that the transform does not take
-            extension, _ = find(sample, self.extensions, "extensions")
             raise DecodeError(f"{name_of(sample, extension)}: {error}", field=extension) from error
 
     def open(self, sample: Sample) -> PILImage.Image:
-        """The sample's picture, decoded, in the mode the file has."""
-        extension, data = find(sample, self.extensions, "extensions")
+        """The sample's picture, decoded by PIL, in the mode the file has."""
+        return self._picture(sample, *find(sample, self.extensions, "extensions")).decoded()
+
+    def _picture(self, sample: Sample, extension: str, data: bytes) -> Picture:
+        """Open the picture, and decode it unless it is a JPEG; all limits are checked before."""
         name = name_of(sample, extension)
+
+        def fault(error: Exception) -> DecodeError:
+            if isinstance(error, PILImage.DecompressionBombError | PILImage.DecompressionBombWarning):
+                return DecodeError(f"{name}: {error}; drop it", "refused", extension)
+            return DecodeError(
+                f"{name}: not a picture that can be read as {', '.join(self.formats)} "
+                f"({type(error).__name__}: {error}); repair or drop it",
+                field=extension,
+            )
+
         if len(data) > self.max_bytes:
             problem = f"{len(data)} bytes, over the limit of {self.max_bytes}; drop it or raise max_bytes"
         elif parts_of(data) > MAX_PARTS:
@@ -76,19 +104,12 @@ class Image:
         else:
             try:
                 image = PILImage.open(io.BytesIO(data), formats=self.formats)
-                pixels = image.width * image.height
-                scanned = pixels * data.count(b"\xff\xda") if data[:2] == b"\xff\xd8" else 0
-                if pixels <= self.max_pixels and scanned <= MAX_SCANNED:
-                    image.load()
-                    return image
-            except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-                raise DecodeError(f"{name}: {error}; drop it", "refused", extension) from error
-            except Exception as error:  # a decoder given damaged bytes raises nearly any type
-                raise DecodeError(
-                    f"{name}: not a picture that can be read as {', '.join(self.formats)} "
-                    f"({type(error).__name__}: {error}); repair or drop it",
-                    field=extension,
-                ) from error
+            except Exception as error:  # a parser given damaged bytes raises nearly any type
+                raise fault(error) from error
+            pixels = image.width * image.height
+            scanned = pixels * (jpeg.scans(data) if data[:2] == b"\xff\xd8" else 0)
+            if pixels <= self.max_pixels and scanned <= MAX_SCANNED:
+                return Picture(image, data, self.decode == "scaled", fault)
             size = f"{image.width} x {image.height} = {pixels} pixels"
             if pixels > self.max_pixels:
                 problem = f"{size}, over the limit of {self.max_pixels}; drop it or raise max_pixels"
@@ -103,7 +124,7 @@ def parts_of(data: bytes) -> int:
     Counting ends behind `MAX_PARTS`; other formats have 0.
     """
     if data[:2] == b"\xff\xd8":
-        return _count(_jpeg_segments(data))
+        return _count(jpeg.segments(data))
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _count(_png_chunks(data))
     if data[:4] == b"GIF8":
@@ -113,20 +134,6 @@ def parts_of(data: bytes) -> int:
 
 def _count(positions: Iterator[int]) -> int:
     return sum(1 for _ in islice(positions, MAX_PARTS + 1))
-
-
-def _jpeg_segments(data: bytes) -> Iterator[int]:
-    """Where the segments begin, to the first scan or to what is no segment."""
-    position = 2
-    while position + 1 < len(data) and data[position] == 0xFF and data[position + 1] != 0xDA:
-        yield position
-        marker = data[position + 1]
-        if marker in (0x00, 0xFF):  # filling: PIL goes on by one byte
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # these have no content
-            position += 2
-        else:
-            position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
 
 
 def _png_chunks(data: bytes) -> Iterator[int]:

@@ -20,7 +20,7 @@ import torch
 from tokenizers import models
 
 from mmpretrain.errors import InputError
-from mmpretrain.types import Padded
+from mmpretrain.types import Lengths, Padded
 
 Pad = Literal["longest", "context_length"]
 
@@ -35,37 +35,49 @@ CLIP_WORD = regex.compile(
 class BaseTokenizer(ABC):
     """Texts -> ids (B,L) int64 and mask (B,L), each row from the start id (if any) to `eos_id`, then padding.
 
-    `pad`: "longest" pads to the longest text of the call, "context_length" always to `context_length`.
+    `pad`: "longest" pads to the longest text of the call, rounded up to a multiple of `pad_multiple` so that shapes
+    are few, but never beyond `context_length`; "context_length" always pads to that. The lengths come along.
     A text that needs more than `context_length` ids is cut, keeps its end id, and is counted in `truncated`.
-    Raises `InputError` for a `context_length` under 2, another `pad`, and anything that is not text.
+    Raises `InputError` for a `context_length` under 2, another `pad`, a `pad_multiple` under 1, and what is not text.
     """
 
     def __init__(
-        self, vocab_size: int, context_length: int, start_id: int | None, eos_id: int, pad_id: int, pad: Pad
+        self,
+        vocab_size: int,
+        context_length: int,
+        start_id: int | None,
+        eos_id: int,
+        pad_id: int,
+        pad: Pad,
+        pad_multiple: int = 8,
     ) -> None:
         if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 2:
             raise InputError(f"context_length={context_length!r}; expected an integer of at least 2 (start and end)")
         if pad not in get_args(Pad):
             raise InputError(f"pad={pad!r}; expected one of {', '.join(get_args(Pad))}")
+        if isinstance(pad_multiple, bool) or not isinstance(pad_multiple, int) or pad_multiple < 1:
+            raise InputError(f"pad_multiple={pad_multiple!r}; expected an integer of at least 1 (1 rounds nothing up)")
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.start_id = start_id
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.pad = pad
+        self.pad_multiple = pad_multiple
         self.truncated = 0
 
     def __call__(self, texts: Sequence[str]) -> Padded:
         """Tokenize texts (a single string counts as one text)."""
         rows = [self._row(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        lengths = Lengths([len(row) for row in rows])
         length = self.context_length
         if self.pad == "longest":
-            length = max(map(len, rows), default=0)
+            length = min(-(-lengths.longest // self.pad_multiple) * self.pad_multiple, length)
         values = torch.tensor([row + [self.pad_id] * (length - len(row)) for row in rows], dtype=torch.int64).view(
             len(rows), length
         )
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return Padded(values, torch.arange(length) < lengths[:, None])
+        mask = torch.arange(length) < torch.from_numpy(lengths.counts)[:, None]
+        return Padded(values, mask, lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids up to the first `eos_id`, without start id and trailing padding."""
@@ -106,11 +118,11 @@ class ClipTokenizer(BaseTokenizer):
     the end as SigLIP does. Vocabulary: OpenAI CLIP, BPE_NOTICE.txt.
     """
 
-    def __init__(self, context_length: int = 77, pad: Pad = "longest", pad_id: int = 0) -> None:
+    def __init__(self, context_length: int = 77, pad: Pad = "longest", pad_id: int = 0, pad_multiple: int = 8) -> None:
         start, end = (_clip_word(word)[0] for word in CLIP_SPECIAL)
         if not 0 <= pad_id <= end:
             raise InputError(f"pad_id={pad_id}; expected an id from 0 to {end}")
-        super().__init__(end + 1, context_length, start_id=start, eos_id=end, pad_id=pad_id, pad=pad)
+        super().__init__(end + 1, context_length, start, end, pad_id, pad, pad_multiple)
 
     def _encode(self, text: str, limit: int) -> list[int]:
         words = CLIP_WORD.findall(_clean(text))[:limit]  # a word gives at least one id
@@ -161,8 +173,8 @@ def _clip_word(word: str) -> tuple[int, ...]:
 class ByteTokenizer(BaseTokenizer):
     """UTF-8 bytes as ids: 0 pads, 1 starts, 2 ends, byte b is 3 + b (259 ids)."""
 
-    def __init__(self, context_length: int = 256, pad: Pad = "longest") -> None:
-        super().__init__(3 + 256, context_length, start_id=1, eos_id=2, pad_id=0, pad=pad)
+    def __init__(self, context_length: int = 256, pad: Pad = "longest", pad_multiple: int = 8) -> None:
+        super().__init__(3 + 256, context_length, 1, 2, 0, pad, pad_multiple)
 
     def _encode(self, text: str, limit: int) -> list[int]:
         # a lone surrogate has no UTF-8 form and becomes "?"
@@ -188,6 +200,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         pad_token: str,
         start_token: str | None = None,
         pad: Pad = "longest",
+        pad_multiple: int = 8,
     ) -> None:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
@@ -206,6 +219,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
             eos_id=self._id(eos_token, "eos_token"),
             pad_id=self._id(pad_token, "pad_token"),
             pad=pad,
+            pad_multiple=pad_multiple,
         )
 
     def _id(self, token: str, option: str) -> int:

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.errors import InputError
 from mmpretrain.layers import AttentionPool
 from mmpretrain.types import Encoded
@@ -111,7 +112,7 @@ class ImageEncoder(nn.Module):
                 if parameter is not None:
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         if gradient_checkpointing:
-            self.backbone.set_grad_checkpointing(True)
+            checkpoint_activations(self.backbone, "full")
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
         """Encode (B,C,H,W) pixels; images have no padding, so `mask` is unused."""
@@ -163,4 +164,4 @@ def _create(name: str, model_args: dict[str, Any], pretrained: bool) -> Any:
 
 
 def _encoded(pooled: Tensor, tokens: Tensor) -> Encoded:
-    return Encoded(pooled, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+    return Encoded(pooled, tokens, None)  # a mask that allows all would still keep attention from its fastest kernels

@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.errors import InputError
 from mmpretrain.layers import Block, KeyValueCache, init_transformer
-from mmpretrain.types import Encoded
+from mmpretrain.packing import Packing, known_lengths, pack_rows, packed_dtype, worth_packing
+from mmpretrain.types import Encoded, Lengths
 
 Pooling = Literal["eos", "last", "mean", "class_token"]
 
@@ -38,6 +39,8 @@ class TextEncoder(nn.Module):
     the class token sees the first padding and not itself; such text must be padded to `context_length`.
     """
 
+    skips_padding = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -63,7 +66,7 @@ class TextEncoder(nn.Module):
         self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
         self.eos_id, self.causal, self.pooling, self.class_mask = eos_id, causal, pooling, class_mask
         self.reads_padding = pooling == "last" or class_mask == "legacy"
-        self.gradient_checkpointing = gradient_checkpointing
+        self._head_width = width // num_heads
         positions = context_length + (pooling == "class_token")
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(positions, width))
@@ -71,6 +74,8 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, activation, norm_eps) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self._init(depth, table_std)
+        if gradient_checkpointing:
+            checkpoint_activations(self, "full")
 
     def _init(self, depth: int, table_std: float | None) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02 if table_std is None else table_std)
@@ -79,8 +84,11 @@ class TextEncoder(nn.Module):
             nn.init.normal_(self.class_token, std=0.01)
         init_transformer(self.blocks, self.width, depth)
 
-    def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
-        """Encode (B,L) ids; `mask` (B,L) True = real, None = all. Raises `InputError` beyond `context_length`."""
+    def forward(self, values: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Encoded:
+        """Encode (B,L) ids; `mask` (B,L) True = real, None = all. Raises `InputError` beyond `context_length`.
+
+        With `lengths` (on the CPU also without) and an encoder that reads no padding, only real ids are computed.
+        """
         if values.ndim != 2 or values.shape[1] > self.context_length:
             raise InputError(
                 f"text has shape {tuple(values.shape)} but the encoder was built for (B, up to {self.context_length}); "
@@ -91,16 +99,43 @@ class TextEncoder(nn.Module):
                 f"text has length {values.shape[1]}, but this encoder reads padding as text and needs all "
                 f"{self.context_length} positions; set tokenizer.pad=context_length"
             )
+        if not self.reads_padding and (self.causal or self.class_token is None):
+            lengths = known_lengths(mask, lengths)
+            if mask is not None and lengths is not None and worth_packing(mask, lengths):
+                return self._encode_packed(values, mask, lengths)
+        return self._encode_padded(values, mask, lengths)
+
+    def _encode_packed(self, values: Tensor, mask: Tensor, lengths: Lengths) -> Encoded:
+        """Encode only what is real; a class token stands right behind its row, so the triangle alone is enough."""
+        has_class = self.class_token is not None
+        packing = pack_rows(
+            mask, lengths, packed_dtype(self.position_embedding), self._head_width, self.causal, 1 if has_class else 0
+        )
+        x = self._embed_at(packing.pack(values), packing.place, ~packing.kept if has_class else None)
+        x = self._run(x, None, packing)
+        if has_class:
+            return Encoded(self.norm(x[packing.ends - 1]), packing.unpack(x), mask, lengths)
+        tokens = packing.unpack(self.norm(x))
+        return Encoded(self._pool(tokens, values, mask), tokens, mask, lengths)
+
+    def _encode_padded(self, values: Tensor, mask: Tensor | None, lengths: Lengths | None) -> Encoded:
         real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        x = self._embed(values, 0)
-        if self.class_token is not None:
-            last = self.class_token + self.position_embedding[-1]
-            x = torch.cat([x, last.to(x.dtype).expand(len(x), 1, -1)], dim=1)
-        x = self._run(x, self._attention_mask(real, mask is not None and self.pooling != "last"))
-        if self.class_token is not None:
-            return Encoded(self.norm(x[:, -1]), x[:, :-1], real)
-        tokens = self.norm(x)
-        return Encoded(self._pool(tokens, values, real), tokens, real)
+        length = values.shape[1]
+        if self.class_token is None:
+            # Padding comes after the text, so a causal encoder needs no mask for it.
+            attended = None if self.causal or mask is None or self.pooling == "last" else real[:, None, None, :]
+            x = self._run(self._embed(values, 0), attended, None)
+            tokens = self.norm(x)
+            return Encoded(self._pool(tokens, values, real), tokens, real, lengths)
+        ids = nn.functional.pad(values, (0, 1))
+        place = torch.arange(length + 1, device=values.device).expand_as(ids)
+        if self.causal and self.class_mask == "exact":
+            at = real.sum(1)  # right behind the text, where the triangle alone lets it see all real tokens
+            x = self._run(self._embed_at(ids, place, place == at[:, None]), None, None)
+            pooled = x.gather(1, at[:, None, None].expand(-1, 1, self.width))[:, 0]
+            return Encoded(self.norm(pooled), x[:, :-1], real, lengths)
+        x = self._run(self._embed_at(ids, place, place == length), self._class_token_mask(real), None)
+        return Encoded(self.norm(x[:, -1]), x[:, :-1], real, lengths)
 
     def start(self) -> TextState:
         """Begin step-by-step encoding with empty caches."""
@@ -120,36 +155,34 @@ class TextEncoder(nn.Module):
         embedded: Tensor = self.token_embedding(ids) + self.position_embedding[start : start + ids.shape[1]]
         return embedded
 
-    def _attention_mask(self, real: Tensor, has_padding: bool) -> Tensor | None:
-        """Mask (B,1,1|N,N), or None where the triangle alone (or nothing) is enough.
+    def _embed_at(self, ids: Tensor, place: Tensor, is_class: Tensor | None) -> Tensor:
+        """Embed (...,) ids at their places; where `is_class`, the class token with the last position of all."""
+        if self.class_token is None or is_class is None:
+            return self.token_embedding(ids) + nn.functional.embedding(place, self.position_embedding)  # type: ignore[no-any-return]
+        place = torch.where(is_class, len(self.position_embedding) - 1, place)
+        token = torch.where(is_class[..., None], self.class_token, self.token_embedding(ids))
+        return token + nn.functional.embedding(place, self.position_embedding)
 
-        Padding comes after the text, so a causal encoder needs no mask for it; only the class token must skip it.
-        """
-        if self.class_token is not None:
-            validity = _shifted(real) if self.class_mask == "legacy" else nn.functional.pad(real, (0, 1), value=True)
-            n = validity.shape[1]
-            mask = validity[:, None, None, :].expand(-1, -1, n, -1).clone()
-            if self.causal:
-                mask[:, :, :-1] = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()[:-1]
-            else:
-                mask[:, :, :-1, -1] = False
-            return mask
-        if self.causal or not has_padding:
-            return None
-        return real[:, None, None, :]
+    def _class_token_mask(self, real: Tensor) -> Tensor:
+        """Mask (B,1,N,N) for a class token that stands last and is seen by none."""
+        validity = _shifted(real) if self.class_mask == "legacy" else nn.functional.pad(real, (0, 1), value=True)
+        n = validity.shape[1]
+        mask = validity[:, None, None, :].expand(-1, -1, n, -1).clone()
+        if self.causal:
+            mask[:, :, :-1] = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()[:-1]
+        else:
+            mask[:, :, :-1, -1] = False
+        return mask
 
-    def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
         causal = self.causal and mask is None
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, causal, use_reentrant=False)
-            else:
-                x = block(x, mask, causal)
+            x = block(x, mask, causal, None, packing)
         return x
 
     def _pool(self, tokens: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         if self.pooling == "eos":
-            first = (ids == self.eos_id).int().argmax(dim=1)
+            first = ((ids == self.eos_id) & real).int().argmax(dim=1)
             return tokens[torch.arange(len(tokens), device=tokens.device), first]
         if self.pooling == "last":
             return tokens[:, -1]

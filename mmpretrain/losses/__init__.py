@@ -5,9 +5,11 @@ from mmpretrain.losses.contrastive import (
     MultiPositiveContrastiveLoss,
     contrastive_loss,
     multi_positive_contrastive_loss,
+    ring_contrastive_loss,
+    tiled_contrastive_loss,
 )
 from mmpretrain.losses.prediction import PredictionLoss, prediction_loss
-from mmpretrain.losses.sigmoid import SigmoidLoss, ring_sigmoid_loss, sigmoid_loss
+from mmpretrain.losses.sigmoid import SigmoidLoss, ring_sigmoid_loss, sigmoid_loss, tiled_sigmoid_loss
 
 __all__ = [
     "ContrastiveLoss",
@@ -17,6 +19,9 @@ __all__ = [
     "contrastive_loss",
     "multi_positive_contrastive_loss",
     "prediction_loss",
+    "ring_contrastive_loss",
     "ring_sigmoid_loss",
     "sigmoid_loss",
+    "tiled_contrastive_loss",
+    "tiled_sigmoid_loss",
 ]

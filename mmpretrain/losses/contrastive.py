@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE (CLIP), with one or several positives for each row."""
+"""Symmetric InfoNCE (CLIP), with one or several positives for each row; in tiles where the batch is large."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmpretrain.distributed import gather, rank
+from mmpretrain.distributed import gather, rank, world_size
 from mmpretrain.errors import InputError
+from mmpretrain.losses.tiled_contrastive import contrastive_sweep
+from mmpretrain.losses.tiles import Exchange, check_tiles, tile_size_for
 from mmpretrain.types import Outputs
+
+PLAIN_UP_TO = 128 * 128
+"""Similarities of a rank up to which the plain function is the faster one."""
 
 
 def contrastive_loss(
@@ -30,8 +35,8 @@ def multi_positive_contrastive_loss(
 
     `positives` (B,G) bool, at least one True in each row; with exactly one this equals `contrastive_loss`.
     """
-    target = positives / positives.sum(1, keepdim=True)
-    target = target.to(torch.promote_types(a.dtype, torch.float32))
+    target = positives.to(torch.promote_types(a.dtype, torch.float32))
+    target = target / target.sum(1, keepdim=True)
     return _symmetric_cross_entropy(a, b, all_a, all_b, logit_scale, target)
 
 
@@ -45,29 +50,88 @@ def _symmetric_cross_entropy(
         return (F.cross_entropy(logits_a, target) + F.cross_entropy(logits_b, target)) / 2
 
 
+def tiled_contrastive_loss(
+    a: Tensor,
+    all_b: Tensor,
+    logit_scale: Tensor,
+    offset: int = 0,
+    tile_size: int | None = None,
+    identities: Tensor | None = None,
+) -> Tensor:
+    """`contrastive_loss` of local rows a (B,E) against all_b (G,E) without the (B,G) similarities, gradients too.
+
+    With `identities` (G,) of all rows it is `multi_positive_contrastive_loss`: rows of equal identity are positives of
+    each other. Memory is two tiles of (tile_size,tile_size); None takes a size that suits the device. With several
+    ranks all call it together, with all columns in rank order, and the weight that multiplies the returned loss must be
+    the same on every rank, since one rank's gradient counts the columns of the others. First derivatives only.
+    """
+    return _swept(a, all_b, logit_scale, identities, offset, tile_size, ring=False)
+
+
+def ring_contrastive_loss(
+    a: Tensor, b: Tensor, logit_scale: Tensor, tile_size: int | None = None, identities: Tensor | None = None
+) -> Tensor:
+    """`tiled_contrastive_loss` of local rows a and b (B,E) without ever holding G columns.
+
+    Blocks of b travel around the ranks with the log-sum-exps of their columns, and in the backward pass with their
+    gradients. Every rank must pass the same B. `identities` (G,) are those of all ranks.
+    """
+    return _swept(a, b, logit_scale, identities, rank() * len(a), tile_size, ring=True)
+
+
+def _swept(
+    a: Tensor, b: Tensor, scale: Tensor, identities: Tensor | None, offset: int, tile_size: int | None, ring: bool
+) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        size = tile_size_for(a.device, tile_size)
+        inputs = a.to(dtype), b.to(dtype), scale.to(dtype)
+        loss: Tensor = contrastive_sweep(*inputs, identities, offset, size, ring)[0]
+        return loss
+
+
 class ContrastiveLoss:
     """Symmetric InfoNCE between two modalities over the global batch.
 
-    `a`, `b`: modality names. Raises `InputError` where the model's outputs lack one of them.
+    `a`, `b`: modality names. `tile_size`: rows and columns of similarities held at once; None holds all of a small
+    batch and tiles of a large one. `exchange`: "gather" holds the embeddings of all ranks for one modality, "ring"
+    passes them around. Raises `InputError` where the model's outputs lack a modality.
     """
 
-    def __init__(self, a: str = "image", b: str = "text") -> None:
-        self.a, self.b = a, b
+    def __init__(
+        self, a: str = "image", b: str = "text", tile_size: int | None = None, exchange: Exchange = "gather"
+    ) -> None:
+        check_tiles(tile_size, exchange)
+        self.a, self.b, self.tile_size, self.exchange = a, b, tile_size, exchange
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """Compute this rank's share, whose mean over ranks is the loss of the global batch."""
         a, b = embedding_pair(outputs, self.a, self.b)
-        return contrastive_loss(a, b, gather(a), gather(b), outputs.logit_scale, rank() * len(a))
+        scale, offset = outputs.logit_scale, rank() * len(a)
+        if self.exchange == "ring":
+            return ring_contrastive_loss(a, b, scale, self.tile_size)
+        if _is_small(a, self.tile_size):
+            return contrastive_loss(a, b, gather(a), gather(b), scale, offset)
+        return tiled_contrastive_loss(a, gather(b), scale, offset, self.tile_size)
 
 
 class MultiPositiveContrastiveLoss:
     """InfoNCE in which samples that carry the same ids in modality `same` (captions that coincide) are all positives.
 
     Plain InfoNCE pushes a picture away from a caption equal to its own; small or templated data sets have many.
+    `tile_size`, `exchange`: as in `ContrastiveLoss`.
     """
 
-    def __init__(self, a: str = "image", b: str = "text", same: str = "text") -> None:
-        self.a, self.b, self.same = a, b, same
+    def __init__(
+        self,
+        a: str = "image",
+        b: str = "text",
+        same: str = "text",
+        tile_size: int | None = None,
+        exchange: Exchange = "gather",
+    ) -> None:
+        check_tiles(tile_size, exchange)
+        self.a, self.b, self.same, self.tile_size, self.exchange = a, b, same, tile_size, exchange
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """Compute this rank's share, whose mean over ranks is the loss of the global batch."""
@@ -77,9 +141,18 @@ class MultiPositiveContrastiveLoss:
                 f"loss compares ids of {self.same!r}, but only {sorted(outputs.identities)} are given as ids; "
                 "set its `same` to a modality of token ids, or use ContrastiveLoss"
             )
-        mine = outputs.identities[self.same]
-        positives = mine[:, None] == gather(mine)[None, :]
-        return multi_positive_contrastive_loss(a, b, gather(a), gather(b), outputs.logit_scale, positives)
+        mine, scale, offset = outputs.identities[self.same], outputs.logit_scale, rank() * len(a)
+        everyone = gather(mine)  # eight bytes a row: those of all ranks fit even where their embeddings do not
+        if self.exchange == "ring":
+            return ring_contrastive_loss(a, b, scale, self.tile_size, everyone)
+        if _is_small(a, self.tile_size):
+            positives = mine[:, None] == everyone[None, :]
+            return multi_positive_contrastive_loss(a, b, gather(a), gather(b), scale, positives)
+        return tiled_contrastive_loss(a, gather(b), scale, offset, self.tile_size, everyone)
+
+
+def _is_small(a: Tensor, tile_size: int | None) -> bool:
+    return tile_size is None and len(a) ** 2 * world_size() <= PLAIN_UP_TO
 
 
 def embedding_pair(outputs: Outputs, a: str, b: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Pairwise sigmoid loss (SigLIP), as blocks that travel around the ring of ranks."""
+"""Pairwise sigmoid loss (SigLIP), in tiles; the columns of all ranks are gathered or travel around the ring."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mmpretrain.distributed import rotate, world_size
+from mmpretrain.distributed import gather, rank
 from mmpretrain.errors import InputError
 from mmpretrain.losses.contrastive import embedding_pair
+from mmpretrain.losses.tiles import Blocks, Exchange, buffers, check_tiles, inner_product, tile_size_for, tiles
 from mmpretrain.types import Outputs
 
 
@@ -26,70 +26,121 @@ def sigmoid_loss(a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor) 
         return -F.logsigmoid(sign * logits).sum() / len(a)
 
 
-class _Ring(torch.autograd.Function):
-    """Visits every rank's block once; gradients are made in the forward pass and travel with the blocks."""
+@torch.library.custom_op("mmpretrain::sigmoid", mutates_args=())
+def sigmoid_sweep(
+    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, tile_size: int, ring: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum up this rank's share of the loss, and its gradients of a, b, scale and bias in the same sweep.
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int) -> Tensor:
+    a (B,E) against b, all columns (G,E) or with `ring` this rank's (B,E); row i belongs to column `offset + i` of all.
+    A pair's gradient needs nothing but its own logit, so each tile is multiplied once.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        loss, grad_bias = a.new_zeros(()), a.new_zeros(())
         grad_a = torch.zeros_like(a)
-        grad_scale, grad_bias = torch.zeros_like(logit_scale), torch.zeros_like(logit_bias)
-        total = a.new_zeros(())
-        block, grad_block = b, torch.zeros_like(b)
-        for hop in range(world_size()):
-            for start in range(0, len(a), chunk_size):
-                rows = slice(start, start + chunk_size)
-                similarity = a[rows] @ block.T
-                sign = torch.full_like(similarity, -1)
-                if hop == 0:
-                    sign.diagonal(start).fill_(1)
-                signed = sign * (logit_scale * similarity + logit_bias)
-                total -= F.logsigmoid(signed).sum()
-                slope = -sign * torch.sigmoid(-signed)  # d loss / d logits
-                grad_scale += (slope * similarity).sum()
+        blocks = Blocks(ring, b, torch.zeros_like(b))
+        buffer, spare = buffers(a, b, tile_size)
+        for begin, (block, grad_block) in blocks:
+            for tile in tiles(len(a), len(block), tile_size, offset - begin):
+                logits, slope = tile.view(buffer), tile.view(spare)
+                scaled, columns = a[tile.rows] * logit_scale, block[tile.columns]
+                torch.addmm(logit_bias, scaled, columns.T, out=logits)
+                tile.own(logits)[1].neg_()
+                torch.sigmoid(logits, out=slope)
+                # Every pair now asks for a small logit: -log sigmoid(-logit).
+                loss -= F.logsigmoid(logits.neg_()).sum()
+                tile.own(slope)[1].neg_()
                 grad_bias += slope.sum()
-                slope *= logit_scale
-                grad_a[rows] += slope @ block
-                grad_block += slope.T @ a[rows]
-            if world_size() > 1:
-                block, grad_block = rotate(block, grad_block)
-        # Every rank's mean over its own rows; other ranks' rows reached this rank's b with the same division.
-        ctx.save_for_backward(*(gradient / len(a) for gradient in (grad_a, grad_block, grad_scale, grad_bias)))
-        return total / len(a)
+                grad_a[tile.rows].addmm_(slope, columns)
+                grad_block[tile.columns].addmm_(slope.T, scaled)
+        grad_b, factor = blocks.travelling[1], 1 / len(a)
+        # Sum over the tiles of slope times similarity, without one more pass over them.
+        grad_scale = inner_product(a, grad_a, tile_size).mul_(factor)
+        return (
+            loss * factor,
+            grad_a.mul_(logit_scale * factor),
+            grad_b.mul_(factor),
+            grad_scale.expand_as(logit_scale).clone(),
+            grad_bias.mul_(factor).expand_as(logit_bias).clone(),
+        )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(grad * gradient for gradient in ctx.saved_tensors), None)
+
+@sigmoid_sweep.register_fake
+def _(
+    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, tile_size: int, ring: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = [torch.empty_like(x) for x in (a, b, logit_scale, logit_bias)]
+    return a.new_empty(()), gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients)
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *(gradient * saved for saved in ctx.saved_tensors), None, None, None
+
+
+sigmoid_sweep.register_autograd(_backward, setup_context=_save)
+
+
+def tiled_sigmoid_loss(
+    a: Tensor,
+    all_b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int = 0,
+    tile_size: int | None = None,
+) -> Tensor:
+    """`sigmoid_loss` of local rows a (B,E) against all_b (G,E), row i's own column being `offset + i`, in tiles.
+
+    Memory is two tiles of (tile_size,tile_size) and the gradients; None takes a size that suits the device. Averaging
+    over ranks gives the loss of the global batch. First derivatives only.
+    """
+    return _swept(a, all_b, logit_scale, logit_bias, offset, tile_size, ring=False)
 
 
 def ring_sigmoid_loss(
-    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int | None = None
+    a: Tensor, b: Tensor, logit_scale: Tensor, logit_bias: Tensor, tile_size: int | None = None
 ) -> Tensor:
     """`sigmoid_loss` over the global batch without ever holding G columns: blocks of b (B,E) travel around the ranks.
 
-    Peak memory is one (chunk_size,B) block, all of B by default. Every rank must pass the same B, and the weight that
-    multiplies the returned loss must be the same on every rank, since its gradient reaches other ranks' rows.
-    Averaging over ranks gives the loss of the global batch.
+    Every rank must pass the same B, and the weight that multiplies the returned loss must be the same on every rank,
+    since its gradient reaches other ranks' rows. Averaging over ranks gives the loss of the global batch.
     """
+    return _swept(a, b, logit_scale, logit_bias, rank() * len(a), tile_size, ring=True)
+
+
+def _swept(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int, tile_size: int | None, ring: bool) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
-        loss: Tensor = _Ring.apply(a, b, logit_scale, logit_bias, chunk_size or len(a))
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        inputs = a.to(dtype), b.to(dtype), scale.to(dtype), bias.to(dtype)
+        loss: Tensor = sigmoid_sweep(*inputs, offset, tile_size_for(a.device, tile_size), ring)[0]
         return loss
 
 
 class SigmoidLoss:
     """Pairwise sigmoid loss between two modalities over the global batch; needs a model with `logit_bias`.
 
-    `chunk_size` bounds the rows of similarities held at once; None holds all of this rank's rows.
+    `tile_size`: rows and columns of similarities held at once; None takes a size that suits the device. `exchange`:
+    "ring" passes the embeddings of one modality around the ranks, "gather" holds those of all ranks.
     """
 
-    def __init__(self, a: str = "image", b: str = "text", chunk_size: int | None = None) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; give at least 1, or null to hold all rows at once")
-        self.a, self.b, self.chunk_size = a, b, chunk_size
+    def __init__(
+        self, a: str = "image", b: str = "text", tile_size: int | None = None, exchange: Exchange = "ring"
+    ) -> None:
+        check_tiles(tile_size, exchange)
+        self.a, self.b, self.tile_size, self.exchange = a, b, tile_size, exchange
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """Compute this rank's share, whose mean over ranks is the loss of the global batch."""
         a, b = embedding_pair(outputs, self.a, self.b)
-        if outputs.logit_bias is None:
+        scale, bias = outputs.logit_scale, outputs.logit_bias
+        if bias is None:
             raise InputError("the sigmoid loss needs a bias, and the model has none; set model.logit_bias=-10")
-        return ring_sigmoid_loss(a, b, outputs.logit_scale, outputs.logit_bias, self.chunk_size)
+        if self.exchange == "ring":
+            return ring_sigmoid_loss(a, b, scale, bias, self.tile_size)
+        return tiled_sigmoid_loss(a, gather(b), scale, bias, rank() * len(a), self.tile_size)

@@ -24,6 +24,7 @@ from mmpretrain.distributed import sum_over_ranks, world_size
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.run import Evaluators, run_evaluators
 from mmpretrain.pretrained import Pretrained
+from mmpretrain.training.compilation import uncompiled
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.watchdog import paused
 from mmpretrain.types import Tokenizer
@@ -52,7 +53,10 @@ class Metrics(Callback):
         step = trainer.global_step
         if self.since is None or (step % self.every_n_steps and step != trainer.max_steps):
             return
-        self.latest = {k: float(sum_over_ranks(v)) / world_size() for k, v in module.history.items()}
+        # One sum over ranks and one read, however many numbers: each read waits until the device is done.
+        values = torch.stack([value.reshape(()).double() for value in module.history.values()])
+        means = (sum_over_ranks(values) / world_size()).tolist()
+        self.latest = dict(zip(module.history, means, strict=True))
         self.latest["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         now, (then, first) = time.perf_counter(), self.since
         samples = (step - first) * trainer.datamodule.global_batch_size * len(batch.batches)  # type: ignore[attr-defined]
@@ -167,7 +171,7 @@ class Evaluation(Callback):
     def evaluate(self, trainer: Trainer, module: Any) -> None:
         """Run the evaluators, on the moving average of the weights where there is one, and log the values."""
         pretrained = Pretrained(module.model, self.preprocess, self.tokenizer)
-        with nullcontext() if self.ema is None else self.ema.applied(module.model):
+        with uncompiled(), nullcontext() if self.ema is None else self.ema.applied(module.model):
             found = run_evaluators(pretrained, self.evaluators)
         self.metrics = {f"val/{name}": value for name, value in found.items()}
         if self.monitor is not None and self.monitor not in self.metrics:

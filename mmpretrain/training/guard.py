@@ -49,9 +49,9 @@ class NonFiniteGuard(Callback):
 
     The device keeps the flags; the host reads them every `check_every_n_steps` steps, so rolling back and stopping
     come up to that many steps late. It reads them at every multiple of one of `saves` too: give the intervals of
-    checkpoints, put this callback before the one that saves, and call `flush` before any other save. On a GPU, fused
-    Adam and AdamW skip on the device; for other optimizers the host reads each step's flag before it steps. A gradient
-    scaler's overflows (float16) are skipped but not counted.
+    checkpoints, put this callback before the one that saves, and call `flush` before any other save. Fused Adam and
+    AdamW skip on the device; for other optimizers the host reads each step's flag before it steps. A gradient scaler's
+    overflows (float16) are skipped but not counted.
 
     Raises `LimitReached` on every rank beyond the budget, and where there is no checkpoint to go back to.
     """
@@ -103,9 +103,9 @@ class NonFiniteGuard(Callback):
         module.skipped = skipped
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(skipped > 0, saved, buffer))
-        if skipped.device.type == "cuda" and skips_on_device(optimizer):
+        if skips_on_device(optimizer):
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        elif skipped.item():  # on a CPU reading costs nothing
+        elif skipped.item():
             for parameter in parameters:
                 parameter.grad = None  # torch's and timm's optimizers leave such parameters and their state alone
 

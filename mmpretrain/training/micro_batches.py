@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mmpretrain.model import MultimodalModel
-from mmpretrain.types import Batch, Outputs, Padded, Prediction
+from mmpretrain.types import Batch, Outputs, Prediction
 
 
 def forward_in_micro_batches(model: MultimodalModel, batch: Batch, micro_batch_size: int) -> Outputs:
@@ -33,12 +33,13 @@ def forward_in_micro_batches(model: MultimodalModel, batch: Batch, micro_batch_s
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return {m: Padded(p.values[rows], None if p.mask is None else p.mask[rows]) for m, p in batch.items()}
+    return {m: p.rows(rows) for m, p in batch.items()}
 
 
 def _joined(parts: list[Prediction]) -> Prediction:
+    """Join what pieces predict, packed or not: hidden (P,D), labels (P,)."""
     return Prediction(
-        torch.cat([part.hidden for part in parts]),
+        torch.cat([part.hidden.flatten(0, -2) for part in parts]),
         parts[0].weight,
-        torch.cat([part.labels for part in parts]),
+        torch.cat([part.labels.flatten() for part in parts]),
     )

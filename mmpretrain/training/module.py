@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.activation_checkpointing import Checkpointing, checkpoint_activations
 from mmpretrain.data.datamodule import Step
 from mmpretrain.distributed import rank
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
-from mmpretrain.training.cpu import use_plain_attention
+from mmpretrain.training.compilation import GRAPHS, check_compile, compile_model
+from mmpretrain.training.cpu import prepare_cpu
+from mmpretrain.training.float8 import check_float8, convert_to_float8
 from mmpretrain.training.fsdp import shard
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Loss, Outputs
@@ -46,7 +49,8 @@ class TrainingModule(lightning.LightningModule):
     `scheduler`: optimizer -> scheduler, stepped once for each optimizer step. After each step the logit scale is
     clamped to [1, 100] (Radford et al. 2021, section 2.5), never inside the forward pass. `micro_batch_size` bounds
     the rows whose activations are held at once, without changing any gradient. `seed` decides, with
-    step and rank, what patch dropout draws.
+    step and rank, what patch dropout draws. `compile` (a mode of torch.compile), `activation_checkpointing` and `fp8`
+    make the step faster or smaller, see docs/speed.md; of these only `fp8` is an approximation.
     """
 
     def __init__(
@@ -60,6 +64,9 @@ class TrainingModule(lightning.LightningModule):
         weights: Mapping[str, float] | None = None,
         micro_batch_size: int | None = None,
         seed: int = 0,
+        compile: str | None = None,
+        activation_checkpointing: Checkpointing | None = None,
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.losses, self.weights = model, dict(losses), dict(weights or {})
@@ -82,7 +89,19 @@ class TrainingModule(lightning.LightningModule):
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
         ):
             raise InputError("batch norm would see each micro-batch alone; set trainer.micro_batch_size=null")
-        self.micro_batch_size, self.seed = micro_batch_size, seed
+        self.micro_batch_size, self.seed, self.compile_mode = micro_batch_size, seed, compile
+        if compile is not None:
+            check_compile(compile, micro_batch_size)
+        if fp8:
+            check_float8(compile is not None)
+            convert_to_float8(model)
+        if activation_checkpointing is not None:
+            if activation_checkpointing == "selective" and micro_batch_size is not None:
+                raise InputError(
+                    "trainer.activation_checkpointing=selective would keep for every micro-batch what those are there "
+                    "to forget; set it to full or null"
+                )
+            checkpoint_activations(model, activation_checkpointing)
         self.history: dict[str, Tensor] = {}
         self.embeddings: dict[str, dict[str, Tensor]] = {}
         self.skipped: Tensor | None = None  # (), on the device: 1 where NonFiniteGuard skipped the last step, else 0
@@ -97,6 +116,8 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, step: Step, batch_index: int) -> Tensor:
         """Sum the weighted losses of every source."""
         seed_everything_for(self.seed, self.global_step, rank())
+        if self.compile_mode in GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         total = torch.zeros((), device=self.device)
         self.history, self.embeddings = {}, {}
         for source, batch in step.batches.items():
@@ -118,14 +139,17 @@ class TrainingModule(lightning.LightningModule):
         return total
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy has a device mesh (FSDP2)."""
+        """Compile the model, then shard it where the strategy has a device mesh (FSDP2)."""
+        if self.compile_mode is not None:
+            several = self.trainer.world_size > 1 or self.device_mesh is not None
+            compile_model(self.model, self.compile_mode, several, any_size=self.micro_batch_size is not None)
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh)
+            shard(self.model, self.device_mesh, half=self.trainer.precision == "bf16-mixed")
 
     def on_fit_start(self) -> None:
         """Prepare for the device."""
         if self.device.type == "cpu":
-            use_plain_attention(self.model)
+            prepare_cpu(self.model, self.trainer.num_devices)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and scheduler; the number of steps comes from the config, never from the trainer."""

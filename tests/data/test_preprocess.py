@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image, ImageOps
 
-from mmpretrain.data.preprocess import Augment, Preprocess, to_rgb
+from mmpretrain.data.pixels import to_rgb
+from mmpretrain.data.preprocess import Augment, Preprocess
 from mmpretrain.errors import InputError
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)

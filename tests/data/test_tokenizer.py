@@ -77,7 +77,7 @@ def test_every_character_is_split_as_by_open_clip():
     points = [i for i in points if i < 0x3100 or 0xA640 <= i < 0xAC00 or 0xFB00 <= i < 0x10800 or i % 41 == 0]
     for start in range(0, len(points), 64):
         text = "".join(f"a{chr(i)}b1{chr(i)}-" for i in points[start : start + 64])
-        got = ClipTokenizer(2000)([text]).values[0].tolist()
+        got = ClipTokenizer(2000, pad_multiple=1)([text]).values[0].tolist()
         assert got[1:-1] == PEER.encode(text), hex(points[start])
 
 
@@ -92,8 +92,9 @@ def test_clip_decode_equals_open_clips_and_round_trips(text):
 
 
 def test_padding_mask_and_special_ids():
-    tokenizer = ClipTokenizer(10)
-    values, mask = tokenizer(["", "a cat", "a cat sat on the mat with eleven other cats"])
+    tokenizer = ClipTokenizer(10, pad_multiple=1)
+    values, mask, lengths = tokenizer(["", "a cat", "a cat sat on the mat with eleven other cats"])
+    assert lengths is not None and lengths.counts.tolist() == [2, 4, 10]
     assert values.dtype == torch.int64 and mask is not None and mask.dtype == torch.bool
     assert values.shape == mask.shape == (3, 10)
     assert values[0].tolist() == [49406, 49407] + [0] * 8 and mask.sum(1).tolist() == [2, 4, 10]
@@ -109,17 +110,31 @@ def test_padding_mask_and_special_ids():
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_only_what_does_not_fit_is_cut(extra):
-    for tokenizer, text in ((ClipTokenizer(8), "a " * (6 + extra)), (ByteTokenizer(8), "a" * (6 + extra))):
+    for tokenizer, text in (
+        (ClipTokenizer(8, pad_multiple=1), "a " * (6 + extra)),
+        (ByteTokenizer(8, pad_multiple=1), "a" * (6 + extra)),
+    ):
         values = tokenizer([text]).values
         assert tokenizer.truncated == (extra > 0)
         assert values.shape == (1, min(8 + extra, 8)) and values[0, -1] == tokenizer.eos_id
 
 
 @settings(deadline=None)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.integers(1, 40), st.integers(2, 40))
+def test_texts_are_padded_to_a_multiple_that_fits_and_the_lengths_are_those_of_the_mask(texts, multiple, limit):
+    values, mask, lengths = ByteTokenizer(limit, pad_multiple=multiple)(texts)
+    assert mask is not None and lengths is not None
+    assert mask.sum(1).tolist() == lengths.counts.tolist()
+    assert bool((mask[:, :-1] | ~mask[:, 1:]).all())  # what is real comes first
+    longest = max(lengths.counts)
+    assert values.shape[1] == min(limit, next(n for n in range(longest, limit + 41) if n % multiple == 0))
+
+
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_bytes_round_trip(text):
-    tokenizer = ByteTokenizer(256)
-    values, mask = tokenizer([text])
+    tokenizer = ByteTokenizer(256, pad_multiple=1)
+    values, mask, _ = tokenizer([text])
     assert values[0].tolist() == [1, *(3 + byte for byte in text.encode()), 2] and mask.all()
     assert tokenizer.decode([*values[0].tolist(), 0, 0]) == text
 
@@ -153,7 +168,7 @@ def test_hugging_face_file_or_folder(trained):
     for path in (trained, f"{trained}/tokenizer.json"):
         ours = HuggingFaceTokenizer(path, 12, eos_token="[EOS]", pad_token="[PAD]", start_token="[BOS]")
         texts = ["a photo of a cat", "", "the dog " * 9]
-        values, mask = ours(texts)
+        values, mask, _ = ours(texts)
         reference = tokenizers.Tokenizer.from_file(f"{trained}/tokenizer.json")
         reference.enable_truncation(12)
         reference.enable_padding(pad_id=0, pad_token="[PAD]")
@@ -167,7 +182,7 @@ def test_hugging_face_file_or_folder(trained):
 
 def test_hugging_face_without_start_and_with_shared_padding(trained):
     ours = HuggingFaceTokenizer(trained, 12, "[EOS]", "[EOS]")
-    values, mask = ours(["cat", "a photo"])
+    values, mask, _ = ours(["cat", "a photo"])
     assert ours.start_id is None and values[:, 0].min() > 3
     assert mask is not None and values[~mask].unique().tolist() in ([3], [])
     assert ours.decode(values[1].tolist()) == "aphoto"
@@ -190,6 +205,9 @@ def test_bad_input(build):
             build(length)
     with pytest.raises(InputError, match=r"pad='max'.*longest, context_length"):
         build(8, "max")
+    for multiple in (0, -8, 1.0, True):
+        with pytest.raises(InputError, match="pad_multiple"):
+            build(8, pad_multiple=multiple)
     for text in (b"bytes", None, 3, ["nested"]):
         with pytest.raises(InputError, match=rf"type {type(text).__name__}"):
             build(8)(["fine", text])

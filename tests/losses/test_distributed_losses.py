@@ -9,20 +9,37 @@ from mmpretrain import (
     ContrastiveLoss,
     MultimodalModel,
     MultiPositiveContrastiveLoss,
+    Outputs,
     Padded,
     PredictionLoss,
     SigmoidLoss,
+    contrastive_loss,
+    multi_positive_contrastive_loss,
+    sigmoid_loss,
 )
 from tests import models
 from tests.ranks import run_ranks
 
 TOTAL = 12
-FAMILIES = {
-    "clip": (models.clip, lambda: [ContrastiveLoss()]),
-    "clip_multi_positive": (models.clip, lambda: [MultiPositiveContrastiveLoss()]),
-    "siglip": (models.siglip, lambda: [SigmoidLoss(chunk_size=2)]),
-    "coca": (models.coca, lambda: [ContrastiveLoss(), PredictionLoss()]),
+EXCHANGES = [{}, {"tile_size": 2}, {"tile_size": 5}, {"tile_size": 2, "exchange": "ring"}, {"exchange": "ring"}]
+CASES = {
+    "clip": [[ContrastiveLoss(**how)] for how in EXCHANGES],
+    "clip_multi_positive": [[MultiPositiveContrastiveLoss(**how)] for how in EXCHANGES],
+    "siglip": [[SigmoidLoss(**how)] for how in ({}, {"tile_size": 2}, {"tile_size": 5, "exchange": "gather"})],
+    "coca": [[ContrastiveLoss(), PredictionLoss()], [ContrastiveLoss(tile_size=2), PredictionLoss()]],
 }
+"""Family -> ways to compute its loss."""
+
+
+def whole(family: str, outputs: Outputs) -> torch.Tensor:
+    """The loss of one process by the plain functions, which hold every similarity."""
+    a, b, s = outputs.embeddings["image"], outputs.embeddings["text"], outputs.logit_scale
+    if family == "siglip":
+        return sigmoid_loss(a, b, s, outputs.logit_bias)
+    if family == "clip_multi_positive":
+        same = outputs.identities["text"]
+        return multi_positive_contrastive_loss(a, b, a, b, s, same[:, None] == same)
+    return contrastive_loss(a, b, a, b, s) + (PredictionLoss()(outputs) if family == "coca" else 0)
 
 
 def global_batch(family: str) -> dict[str, Padded]:
@@ -44,53 +61,72 @@ def share(batch: dict[str, Padded], rank: int, world_size: int, trim: bool) -> d
     return part
 
 
-def loss_and_gradients(family: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss of this rank's share and its gradients, both averaged over ranks as data-parallel training does."""
-    from mmpretrain.distributed import rank, sum_over_ranks, world_size
+Found = tuple[float, dict[str, torch.Tensor]]
 
-    build, losses = FAMILIES[family]
-    model: MultimodalModel = build().double()
+
+def build(family: str) -> MultimodalModel:
+    return (models.clip if family.startswith("clip") else getattr(models, family))().double()
+
+
+def outputs_of(model: MultimodalModel, family: str) -> Outputs:
+    from mmpretrain.distributed import rank, world_size
+
     batch = share(global_batch(family), rank(), world_size(), trim=family != "siglip")
-    outputs = model(
-        {m: Padded(p.values.double() / 255 if m == "image" else p.values, p.mask) for m, p in batch.items()}
-    )
-    total = sum(loss(outputs) for loss in losses())
+    return model({m: Padded(p.values.double() / 255 if m == "image" else p.values, p.mask) for m, p in batch.items()})
+
+
+def found(model: MultimodalModel, total: torch.Tensor) -> Found:
+    """Loss of this rank's share and its gradients, both averaged over ranks as data-parallel training does."""
+    from mmpretrain.distributed import sum_over_ranks, world_size
+
+    model.zero_grad()
     total.backward()
     mean = sum_over_ranks(total.detach()) / world_size()
     gradients = {n: sum_over_ranks(p.grad) / world_size() for n, p in model.named_parameters() if p.grad is not None}
     return mean.item(), gradients
 
 
+def every_way() -> dict[str, list[Found]]:
+    results: dict[str, list[Found]] = {}
+    for family, ways in CASES.items():
+        model = build(family)
+        for losses in ways:
+            outputs = outputs_of(model, family)
+            results.setdefault(family, []).append(found(model, sum(loss(outputs) for loss in losses)))
+    return results
+
+
+def reference(family: str) -> Found:
+    model = build(family)
+    return found(model, whole(family, outputs_of(model, family)))
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_equal_one_process(family, world_size):
-    if world_size == 3 and family != "siglip":
-        pytest.skip("an odd ring matters to the ring loss alone")
-    want_loss, want = loss_and_gradients(family)
-    assert {"logit_scale"} <= set(want) and ("logit_bias" in want) == (family == "siglip")
-    for got_loss, got in run_ranks(loss_and_gradients, world_size, family):
-        assert got_loss == pytest.approx(want_loss, abs=1e-10)
-        assert set(got) == set(want)
-        for name, gradient in want.items():
-            torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-10, msg=name)
+def test_ranks_equal_one_process(world_size):
+    wanted = {family: reference(family) for family in CASES}
+    for result in run_ranks(every_way, world_size):
+        for family, (want_loss, want) in wanted.items():
+            assert {"logit_scale"} <= set(want) and ("logit_bias" in want) == (family == "siglip")
+            for way, (got_loss, got) in enumerate(result[family]):
+                assert got_loss == pytest.approx(want_loss, abs=1e-10), (family, way)
+                assert set(got) == set(want)
+                for name, gradient in want.items():
+                    torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-10, msg=f"{family} {way} {name}")
 
 
 def test_the_comparison_can_fail():
     """Without the gradient that flows back through other ranks' rows, the gradients would differ."""
     results = run_ranks(local_only_gradients, 2)
-    _, want = loss_and_gradients("clip")
+    _, want = reference("clip")
     worst = max((results[0][n] - g).abs().max().item() for n, g in want.items())
     assert worst > 1e-4
 
 
 def local_only_gradients() -> dict[str, torch.Tensor]:
-    from mmpretrain import contrastive_loss
-    from mmpretrain.distributed import gather, rank, sum_over_ranks, world_size
+    from mmpretrain.distributed import gather, rank
 
-    model = models.clip().double()
-    batch = share(global_batch("clip"), rank(), world_size(), trim=True)
-    outputs = model({"image": Padded(batch["image"].values.double() / 255), "text": batch["text"]})
+    model = build("clip")
+    outputs = outputs_of(model, "clip")
     a, b = outputs.embeddings["image"], outputs.embeddings["text"]
     loss = contrastive_loss(a, b, gather(a).detach(), gather(b).detach(), outputs.logit_scale, rank() * len(a))
-    loss.backward()
-    return {n: sum_over_ranks(p.grad) / world_size() for n, p in model.named_parameters() if p.grad is not None}
+    return found(model, loss)[1]

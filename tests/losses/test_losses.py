@@ -76,10 +76,10 @@ def test_sigmoid_equals_the_formula(rows, scale, bias, seed):
     agree(sigmoid_loss(a, b, s, t), sigmoid_by_hand(a, b, s, t), (a, b, s, t), 1e-9)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 7, 100])
-def test_chunked_sigmoid_equals_unchunked(chunk_size):
+@pytest.mark.parametrize("tile_size", [None, 1, 3, 7, 100])
+def test_tiled_sigmoid_equals_untiled(tile_size):
     a, b, s, t = leaves(7)
-    agree(ring_sigmoid_loss(a, b, s, t, chunk_size), sigmoid_loss(a, b, s, t), (a, b, s, t), 1e-12)
+    agree(ring_sigmoid_loss(a, b, s, t, tile_size), sigmoid_loss(a, b, s, t), (a, b, s, t), 1e-12)
 
 
 def test_sigmoid_of_random_unit_vectors_at_the_start_is_near_ten():
@@ -191,5 +191,5 @@ def test_wrong_models_are_told_what_to_change():
         PredictionLoss()(outputs)
     with pytest.raises(InputError, match="same"):
         MultiPositiveContrastiveLoss("image", "audio")(outputs)
-    with pytest.raises(InputError, match="chunk_size is 0"):
-        SigmoidLoss(chunk_size=0)
+    with pytest.raises(InputError, match="tile_size is 0"):
+        SigmoidLoss(tile_size=0)

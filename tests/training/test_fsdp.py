@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mmpretrain import ContrastiveLoss, MultimodalModel, Padded, PredictionLoss
+from mmpretrain import ContrastiveLoss, ImageEncoder, MultimodalModel, Padded, PredictionLoss
+from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.distributed import rank, sum_over_ranks, world_size
 from mmpretrain.errors import InputError
 from mmpretrain.training.checkpoint import load, newest, shapes
+from mmpretrain.training.compilation import compile_model, uncompiled
 from mmpretrain.training.folder import checkpoints
 from mmpretrain.training.fsdp import shard
 from mmpretrain.training.manifest import DamagedCheckpoint, read_manifest, verify
@@ -34,8 +37,12 @@ from tests.ranks import run_ranks
 TOTAL, STEPS = 8, 3
 
 
-def steps(sharded: bool) -> tuple[list[float], dict[str, torch.Tensor], torch.Tensor]:
+def steps(sharded: bool, faster: bool = False) -> tuple[list[float], dict[str, torch.Tensor], torch.Tensor]:
     model: MultimodalModel = models.coca().double()
+    if faster:
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        checkpoint_activations(model, "selective")
+        compile_model(model, "eager", by_block=True)
     if sharded:
         shard(model, init_device_mesh("cpu", (world_size(),)))
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -51,7 +58,8 @@ def steps(sharded: bool) -> tuple[list[float], dict[str, torch.Tensor], torch.Te
         optimizer.step()
         optimizer.zero_grad()
         losses.append((sum_over_ranks(loss) / world_size()).item())
-    embedding = model.embed("text", models.batch(3)["text"]).detach()
+    with uncompiled():
+        embedding = model.embed("text", models.batch(3)["text"]).detach()
     full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     return losses, {name: tensor.detach().clone() for name, tensor in full.items()}, embedding
 
@@ -64,6 +72,55 @@ def test_two_sharded_ranks_equal_one_process():
         for name, parameter in want.items():
             # AdamW divides by the root of tiny second moments: rounding grows there, and there alone.
             torch.testing.assert_close(got[name], parameter, rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_that_compile_and_checkpoint_equal_one_process():
+    want_losses, want, want_embedding = steps(False)
+    for losses, got, embedding in run_ranks(steps, 2, True, True):
+        torch.testing.assert_close(losses, want_losses, rtol=0, atol=1e-10)
+        torch.testing.assert_close(embedding, want_embedding, rtol=0, atol=1e-10)
+        for name, parameter in want.items():
+            torch.testing.assert_close(got[name], parameter, rtol=0, atol=1e-7, msg=name)
+
+
+def halves(sharded: bool) -> dict[str, torch.Tensor]:
+    """Gradients of one step under bfloat16 autocast."""
+    model: MultimodalModel = models.coca()
+    if sharded:
+        shard(model, init_device_mesh("cpu", (world_size(),)), half=True)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    rows = slice(rank() * TOTAL // world_size(), (rank() + 1) * TOTAL // world_size())
+    batch = {modality: padded.rows(rows) for modality, padded in models.batch(TOTAL, pad_to=12).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch)
+        assert outputs.logit_scale.dtype == torch.float32 and outputs.logit_scale.item() == pytest.approx(1 / 0.07)
+        (ContrastiveLoss()(outputs) + 2 * PredictionLoss()(outputs)).backward()
+    found = {n: p.grad.full_tensor() if sharded else p.grad for n, p in model.named_parameters()}
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    return found
+
+
+def test_blocks_that_travel_in_half_precision_train_as_autocast_does():
+    """Matrices are rounded to bfloat16 either way; sums over ranks and what is outside of blocks stay float32."""
+    want = halves(False)
+    for got in run_ranks(halves, 2, True):
+        error = torch.stack([(got[name] - gradient).norm() for name, gradient in want.items()]).norm()
+        size = torch.stack([gradient.norm() for gradient in want.values()]).norm()
+        assert error < 0.03 * size, error / size
+        torch.testing.assert_close(got["logit_scale"], want["logit_scale"], rtol=0.05, atol=1e-3)
+
+
+def convolutional() -> None:
+    image = ImageEncoder("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)})
+    model = MultimodalModel(16, {"image": image, "text": models.clip().encoders["text"]})
+    shard(model, init_device_mesh("cpu", (world_size(),)))
+    ContrastiveLoss()(model({**models.batch(4), "image": Padded(torch.rand(4, 3, 64, 64))})).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_stages_of_blocks_are_sharded_once():
+    run_ranks(convolutional, 1)
 
 
 def trained(mesh_shape: tuple[int, ...], seed: int = 0) -> tuple[MultimodalModel, torch.optim.Optimizer, DeviceMesh]:

@@ -120,6 +120,10 @@ def test_wrong_settings_are_refused():
         module(weights={"captions": 2.0})
     with pytest.raises(InputError, match="micro_batch_size is 0"):
         module(micro_batch_size=0)
+    with pytest.raises(InputError, match="selective would keep"):
+        module(micro_batch_size=4, activation_checkpointing="selective")
+    with pytest.raises(InputError, match=r"trainer\.compile is 'on'"):
+        module(compile="on")
 
 
 def test_the_step_count_is_never_asked_of_lightning():
