@@ -19,7 +19,7 @@ from mmpretrain.types import Outputs, Prediction
 from tests import models
 from tests.ranks import run_ranks
 
-ROWS, EMBED = 600, 64
+ROWS, EMBED = 600, 256
 LOSSES = {
     "plain": ContrastiveLoss(tile_size=None),
     "tiled": ContrastiveLoss(tile_size=128),
