@@ -84,10 +84,10 @@ def page(found: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str], comm
     return "\n".join(lines)
 
 
-def file_name(machine: Mapping[str, Any]) -> str:
-    """Return `<date>-<hardware>.md`."""
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{machine['device']} {machine['cores']} cores".lower()).strip("-")
-    return f"{datetime.date.today().isoformat()}-{hardware}.md"
+def file_name(machine: Mapping[str, Any], only: Sequence[str]) -> str:
+    """Return `<date>-<hardware>.md`, with the names of the benchmarks where it is not the whole set."""
+    words = " ".join([f"{machine['device']} {machine['cores']} cores", *only]).lower()
+    return f"{datetime.date.today().isoformat()}-{re.sub(r'[^a-z0-9_]+', '-', words).strip('-')}.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(markdown(result), end="\n\n", flush=True)
     if found:
         given.out.mkdir(parents=True, exist_ok=True)
-        target = given.out / file_name(next(iter(found.values()))["machine"])
+        target = given.out / file_name(next(iter(found.values()))["machine"], given.only or ())
         command = " ".join(["python -m benchmarks", *(f"--only {name}" for name in given.only or ())])
         target.write_text(page(found, failed, command))
         note(f"{time.perf_counter() - begin:.0f} s; results: {target}")

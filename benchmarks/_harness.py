@@ -92,11 +92,11 @@ class Report(NamedTuple):
 def markdown(found: Mapping[str, Any]) -> str:
     """Render what `Report.as_json` gave."""
     here = found["machine"]
+    compared = "; ".join(f"{what} {value:.3g}" for what, value in found["checked"].items())
     lines = [
         f"### {found['benchmark']}",
         "",
-        "Checked first: " + "; ".join(f"{what} {value:.3g}" for what, value in found["checked"].items()) + ".",
-        "",
+        *([f"Checked first: {compared}.", ""] if compared else []),
         f"| | {OURS} | peer | ratio (median, spread) | must reach |",
         "| --- | --- | --- | --- | --- |",
     ]

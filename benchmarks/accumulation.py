@@ -24,7 +24,7 @@ from benchmarks import _harness as harness
 from benchmarks import _models, _open_clip
 from benchmarks.train_step import Inputs, Setting, made
 from mmpretrain.losses import ContrastiveLoss, PredictionLoss
-from mmpretrain.training.cpu import keep_memory, use_plain_attention
+from mmpretrain.training.cpu import use_plain_attention
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Batch, Outputs, Padded
 
@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=16, help="samples of a micro-batch, where speed is measured")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    keep_memory()
     checked: dict[str, float] = {}
     rows, notes = [], []
     for name in ("tiny", "tiny_coca"):

@@ -199,7 +199,7 @@ def _eager(sides: _gpu.Sides, name: str, given: Any, clock: _gpu.Clock) -> tuple
 
 
 def _compile(sides: _gpu.Sides, name: str, given: Any, clock: _gpu.Clock, notes: list[str]) -> dict[str, float]:
-    """Compile both sides at once; a side that is not ready in time is left out of the table."""
+    """Compile both sides at once; raises `OutOfTime`, and so ends this model's part, where one is not ready in time."""
     limit = min(given.compile_limit, clock.left())
     end = time.monotonic() + limit
     for side in sides:

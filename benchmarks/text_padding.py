@@ -1,6 +1,6 @@
 """Text encoder forward and backward, real captions: only their tokens, against 77 positions for each.
 
-    python -m benchmarks.text_padding [--rounds 5] [--threads 2] [--json] [--batch-size 64]
+    python -m benchmarks.text_padding [--rounds 5] [--threads 2] [--json] [--batch-size 32]
 
 The text tower of ViT-B/32 (width 512, depth 12, 8 heads), the same weights on both sides. The peer is open_clip with
 its standard tokenizer, which always pads to 77 positions. Captions are those of `benchmarks/_captions.py`: names of
@@ -58,7 +58,7 @@ def apart(got: Tensor, want: Tensor) -> float:
 
 def main() -> None:
     parser = _harness.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", choices=_captions.KINDS, default=_captions.KINDS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--model", default="ViT-B-32", help="a configuration of open_clip")

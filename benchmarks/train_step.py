@@ -27,7 +27,7 @@ from benchmarks import _models, _open_clip
 from benchmarks._captions import captions
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.encoders.image import CLIP_MEAN, CLIP_STD
-from mmpretrain.training.cpu import cpu_precision, keep_memory, use_plain_attention
+from mmpretrain.training.cpu import cpu_precision, use_plain_attention
 from mmpretrain.training.optim import parameter_groups
 from mmpretrain.types import Batch, Padded
 
@@ -68,7 +68,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and stop")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    keep_memory()
     rows, checked = [], {}
     settings = {name: ROWS[name]._replace(batch=given.batch or ROWS[name].batch) for name in given.rows.split(",")}
     for model in dict.fromkeys(setting.model for setting in settings.values()):

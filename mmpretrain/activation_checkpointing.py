@@ -53,8 +53,8 @@ def _candidates(model: nn.Module) -> Iterator[nn.Module]:
             yield module
         for name in ("blocks", "stages"):
             parts = getattr(module, name, None)
-            if isinstance(parts, nn.Sequential):
-                yield from parts
+            if isinstance(parts, (nn.Sequential, nn.ModuleList)):
+                yield from (part for part in parts if not isinstance(part, nn.ModuleList))  # a list is never called
 
 
 def checkpoint_activations(model: nn.Module, mode: Checkpointing) -> None:

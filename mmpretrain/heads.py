@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.packing import pack_places, worth_packing
+from mmpretrain.packing import check_lengths, pack_places, worth_packing
 from mmpretrain.types import IGNORE_INDEX, Batch, Prediction
 
 
@@ -29,9 +29,11 @@ class CaptionHead(nn.Module):
     def forward(self, fused: Mapping[str, Tensor], batch: Batch) -> Prediction:
         """Predict from fused (B,L,width) tokens: hidden (B,L-1,width) with labels (B,L-1).
 
-        Where the lengths are known, only what is asked: hidden (P,width) with labels (P,).
+        Where the lengths are known, only what is asked: hidden (P,width) with labels (P,). Raises `InputError` where
+        they are seen not to be those of the mask.
         """
         values, mask, lengths = batch[self.modality]
+        check_lengths(values, mask, lengths)
         hidden, labels = fused[self.modality], values[:, 1:]
         if mask is None:
             return Prediction(hidden[:, :-1], self.weight, labels)

@@ -110,14 +110,18 @@ class Attention(nn.Module):
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Compute attention (B,heads,N,d) in three plain operations: slower on a GPU, quicker on a CPU."""
+    """Compute attention (B,heads,N,d) in three plain operations: slower on a GPU, quicker on a CPU.
+
+    A query that may attend to nothing gets zeros and passes no gradient, as in torch's fused attention.
+    """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        # Finite, as minus infinity gives NaN where all is masked.
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     out: Tensor = logits.softmax(-1) @ v
-    return out
+    return out if mask is None or causal else out.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 class Mlp(nn.Module):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmpretrain.errors import InputError
 from mmpretrain.types import Lengths
 
 try:  # a prototype in torch 2.10, whose causal switch was renamed since
@@ -102,7 +104,7 @@ def pack_rows(
     `dtype` and `head_width` are those of the attention that will run; they decide by which kernel.
     """
     window = lengths.width + extra * 8
-    if mask.is_cuda and has_kernel(dtype, head_width):
+    if has_kernel(dtype, head_width, mask.device):
         return pack_places(mask, lengths, extra)._replace(window=window, causal=causal)
     packing = pack_places(mask, lengths, extra, window)
     return packing._replace(window=window, causal=causal, bias=_window_bias(packing.row, window, causal, dtype))
@@ -111,7 +113,7 @@ def pack_rows(
 def pack_places(mask: Tensor, lengths: Lengths, extra: Literal[-1, 0, 1] = 0, multiple: int = 1) -> Packing:
     """Plan to pack the real positions of `mask` (B,L), with `extra` places more (or fewer) at the end of each row.
 
-    P is a multiple of `multiple`. For what is not attended with.
+    P is a multiple of `multiple`. Rows must not be empty (see `worth_packing`). For what is not attended with.
     """
     batch, length = mask.shape
     places = -(-(lengths.room + extra * batch) // multiple) * multiple
@@ -131,9 +133,14 @@ def pack_places(mask: Tensor, lengths: Lengths, extra: Literal[-1, 0, 1] = 0, mu
     return Packing(row, place, source, kept, inverse.flatten(), real.flatten(), ends, starts)
 
 
-def has_kernel(dtype: torch.dtype, head_width: int) -> bool:
-    """Whether there is a CUDA kernel for packed rows of such heads."""
-    return varlen_attn is not None and dtype in (torch.float16, torch.bfloat16) and head_width % 8 == 0
+def has_kernel(dtype: torch.dtype, head_width: int, device: torch.device) -> bool:
+    """Whether `device` has a kernel for packed rows of such heads: a CUDA device of capability 8.0 (Ampere) or above.
+
+    Heads are a multiple of 8 wide, at most 256 (FlashAttention 2).
+    """
+    if varlen_attn is None or dtype not in (torch.float16, torch.bfloat16) or device.type != "cuda":
+        return False
+    return head_width % 8 == 0 and head_width <= 256 and torch.cuda.get_device_properties(device).major >= 8
 
 
 def packed_dtype(x: Tensor) -> torch.dtype:
@@ -145,20 +152,55 @@ def packed_dtype(x: Tensor) -> torch.dtype:
 
 
 def known_lengths(mask: Tensor | None, lengths: Lengths | None) -> Lengths | None:
-    """Lengths of a batch, given or found where that costs nothing: from a prefix mask (B,L) on the CPU."""
+    """Lengths of a batch, given or found where that costs nothing: from a prefix mask (B,L) on the CPU.
+
+    None while a graph is recorded (`torch.jit.trace`, `torch.export`): the example's lengths are not those of its use.
+    """
+    if _records_a_graph():
+        return None
     if mask is None or lengths is not None:
         return lengths
-    # A compiler, and what only pretends to compute, has no values to look at.
-    if mask.device.type != "cpu" or type(mask) is not Tensor or torch.compiler.is_compiling():
-        return None
-    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+    if not _can_be_read(mask) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         return None
     return Lengths(mask.sum(1).numpy())
 
 
+def check_lengths(values: Tensor, mask: Tensor | None, lengths: Lengths | None) -> None:
+    """Raise `InputError` where `lengths` are not those of `values` (B,L), or of a mask that can be read for nothing."""
+    if lengths is None or torch.compiler.is_compiling() or _records_a_graph():
+        return
+    if len(lengths) != len(values):
+        raise InputError(f"lengths have {len(lengths)} rows, the batch has {len(values)}; give one length for each row")
+    length, counts = values.shape[1], lengths.counts
+    if mask is None:
+        wrong = counts != length
+    elif _can_be_read(mask):
+        wrong = (mask.numpy() != (np.arange(length) < counts[:, None])).any(1)  # numpy: no operator of torch runs
+    else:
+        return
+    if wrong.any():
+        row = int(wrong.argmax())
+        real = [True] * length if mask is None else mask[row].tolist()
+        raise InputError(
+            f"row {row} has length {counts[row]}, but its mask says {''.join('01'[int(r)] for r in real)} (1 = real); "
+            "give the number of real positions if they come first in every row, otherwise lengths=None"
+        )
+
+
 def worth_packing(mask: Tensor | None, lengths: Lengths | None) -> bool:
-    """Whether a batch has padding to leave out, as far as the host knows."""
-    return mask is not None and lengths is not None and lengths.room < mask.numel()
+    """Whether a batch has padding to leave out, as far as the host knows; not with an empty row, which has no end."""
+    if mask is None or lengths is None or lengths.has_empty or _records_a_graph():
+        return False
+    return lengths.room < mask.numel()
+
+
+def _can_be_read(mask: Tensor) -> bool:
+    """Whether the host sees values; a compiler, and what only pretends to compute, has none."""
+    return mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling()
+
+
+def _records_a_graph() -> bool:
+    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor) -> Tensor:

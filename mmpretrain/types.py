@@ -35,9 +35,9 @@ IGNORE_INDEX = -100
 class Lengths:
     """How many leading positions of each row are real, kept on the host, so nothing has to ask the device.
 
-    `counts` (B,) int64, `total` their sum, `longest` the largest. For tensors of few sizes: `room` is above the total
-    by 1 to 128 (and by about 1/32 of it at most), `width` is `longest` rounded up to a multiple of 8. Raises
-    `InputError` for counts that are not of shape (B,), or negative.
+    `counts` (B,) int64, `total` their sum, `longest` the largest, `has_empty` whether one is 0 (such a batch is not
+    packed). For tensors of few sizes: `room` is above the total by 1 to 128 (and by about 1/32 of it at most), `width`
+    is `longest` rounded up to a multiple of 8. Raises `InputError` for counts that are not of shape (B,), or negative.
 
     A plain class: pinning and moving to a device walk into tuples and NamedTuples, not into this.
     """
@@ -48,8 +48,9 @@ class Lengths:
             raise InputError(f"lengths are {counts!r}; expected one count of at least 0 for each row")
         self.total = int(self.counts.sum())
         self.longest = int(self.counts.max(initial=0))
+        self.has_empty = not bool(self.counts.all())
         step = min(max(16, 2 ** (self.total.bit_length() - 6)), 128)
-        self.room = (self.total // step + 1) * step
+        self.room: int = (self.total // step + 1) * step
         self.width = max(-(-self.longest // 8) * 8, 8)
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class Padded(NamedTuple):
     `values`: image (B,C,H,W) uint8 or float, text (B,L) int64, audio (B,1,F,T), video (B,T,C,H,W).
     `mask`: (B,L) or (B,T) bool, True = real; None = nothing is padding.
     `lengths`: what `mask` says, known to the host; only where the real positions of every row come first. None = not
-    known.
+    known. They must agree with the mask: on a CPU that is checked, elsewhere they are believed, as asking would wait.
     """
 
     values: Tensor

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -109,3 +110,10 @@ def test_wrong_settings_are_refused():
         checkpoint_activations(models.clip(), "some")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no repeated blocks"):
         checkpoint_activations(nn.Sequential(nn.Linear(2, 2)), "full")
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "hiera_tiny_224"])
+def test_blocks_in_a_list_are_blocks_too(name):
+    with torch.device("meta"):
+        backbone = timm.create_model(name, num_classes=0)
+    assert repeated_blocks(backbone) == [*backbone.blocks]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpretrain import ContrastiveLoss, InputError, MultimodalModel, Padded, PredictionLoss, TextEncoder
+from mmpretrain import CaptionHead, ContrastiveLoss, InputError, MultimodalModel, Padded, PredictionLoss, TextEncoder
 from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.data.step import Collate, Drawn
 from mmpretrain.data.tokenizer import ByteTokenizer
-from mmpretrain.packing import has_kernel, known_lengths, pack_places, pack_rows
+from mmpretrain.layers import Attention
+from mmpretrain.packing import has_kernel, known_lengths, pack_places, pack_rows, varlen_attn
 from mmpretrain.training.micro_batches import forward_in_micro_batches
 from mmpretrain.types import Lengths
 from tests import models
 from tests.models import EOS, VOCAB
 
-LENGTHS = st.lists(st.integers(2, 12), min_size=1, max_size=7)
+REAL = st.lists(st.integers(1, 12), min_size=1, max_size=7)
+LENGTHS = REAL | st.lists(st.integers(0, 12), min_size=1, max_size=7)
 
 
 def mean(seed: int = 0) -> MultimodalModel:
@@ -28,6 +33,7 @@ def mean(seed: int = 0) -> MultimodalModel:
     return model
 
 
+EMPTY = [[12] + [0] * 7, [3] + [0] * 40, [5, 0, 3], [12, 12, 0, 1]]
 FAMILIES = {"clip": models.clip, "mean": mean, "coca": models.coca}
 
 
@@ -40,7 +46,9 @@ def batch(lengths: list[int], known: bool, dtype: torch.dtype = torch.float64) -
     found = models.batch(len(lengths), lengths=[max(n, 3) for n in lengths], pad_to=12)
     ids = found["text"].values
     for row, length in enumerate(lengths):
-        ids[row, length - 1], ids[row, length:] = EOS, 0
+        ids[row, length:] = 0
+        if length:
+            ids[row, length - 1] = EOS
     pixels = Padded(found["image"].values.to(dtype) / 255)
     return {"image": pixels, "text": Padded(ids, mask_of(lengths, 12), Lengths(lengths) if known else None)}
 
@@ -93,7 +101,7 @@ def test_every_gradient_is_that_of_the_padded_run(family, lengths, micro, checkp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lengths", [[2], [12], [2] * 9, [12] * 4, [12, 2, 2, 2, 2, 2], [3, 12, 7, 2, 5, 5, 9]])
+@pytest.mark.parametrize("lengths", [[2], [12], [2] * 9, [12] * 4, [12, 2, 2, 2, 2, 2], [3, 12, 7, 2, 5, 5, 9], *EMPTY])
 def test_extreme_lengths_give_the_gradients_of_the_padded_run(family, lengths):
     model = built(family, False)
     assert_equal(gradients(model, batch(lengths, True)), gradients(model, batch(lengths, False)))
@@ -134,7 +142,7 @@ def test_without_given_lengths_a_cpu_finds_them(monkeypatch):
     assert known_lengths(mask, None).counts.tolist() == [2, 5, 3]
     assert known_lengths(mask.flip(1), None) is None and known_lengths(None, None) is None
     assert known_lengths(mask.to("meta"), None) is None
-    given = Lengths([1])
+    given = Lengths([2, 5, 3])
     assert known_lengths(mask, given) is given
 
 
@@ -148,8 +156,97 @@ def test_a_caption_is_asked_only_for_what_is_there():
     assert prediction.labels.tolist() == asked + [-100] * (places - len(asked))
 
 
+@pytest.mark.parametrize("lengths", EMPTY)
+def test_a_caption_head_asks_all_beside_empty_rows(lengths):
+    labels = CaptionHead(VOCAB, 4)({"text": torch.randn(len(lengths), 12, 4)}, batch(lengths, True)).labels
+    assert int((labels != -100).sum()) == sum(max(n - 1, 0) for n in lengths)
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["on a CPU", "padded"])
+@pytest.mark.parametrize("options", [{}, {"pooling": "class_token"}, {"causal": False, "pooling": "mean"}])
+def test_an_empty_row_reads_no_other(options, found, monkeypatch):
+    if found:
+        monkeypatch.undo()
+    encoder = TextEncoder(VOCAB, 12, 32, 2, 2, EOS, **options).double()
+    ids, mask, _ = batch([0, 9, 2], False)["text"]
+    other = ids.clone()
+    other[1:, 0] += 1
+    before, after = encoder(ids, mask), encoder(other, mask)
+    assert torch.equal(before.pooled[0], after.pooled[0]) and before.pooled.isfinite().all()
+    assert not torch.equal(before.pooled[1], after.pooled[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of shapes, and is deprecated
+@pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
+@pytest.mark.parametrize("family", ["clip", "coca"])
+def test_a_recorded_graph_keeps_no_lengths_of_its_example(family, given, monkeypatch):
+    monkeypatch.undo()
+    model = FAMILIES[family]().eval()
+
+    class Recorded(torch.nn.Module):
+        def __init__(self, lengths):
+            super().__init__()
+            self.model, self.lengths = model, lengths
+
+        def forward(self, image, ids, mask):
+            outputs = self.model({"image": Padded(image), "text": Padded(ids, mask, self.lengths)})
+            asked = [hidden * (labels != -100)[..., None] for hidden, _, labels in outputs.predictions.values()]
+            return outputs.embeddings["text"], *asked
+
+    (short, long) = (batch(lengths, False, torch.float32) for lengths in ([3, 4, 3, 2], [12, 12, 11, 10]))
+    example, use = (tuple(p for m in ("image", "text") for p in b[m][:2] if p is not None) for b in (short, long))
+    module = Recorded(Lengths([3, 4, 3, 2]) if given else None)
+    graphs = torch.jit.trace(module, example, check_trace=False), torch.export.export(module, example).module()
+    uses = [use] if given else [use, (*use[:2], use[2].flip(1))]  # padding first has no lengths
+    for graph, inputs in itertools.product(graphs, uses):
+        for ours, want in zip(graph(*inputs), Recorded(None)(*inputs), strict=True):
+            torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
+
+
+def test_lengths_that_are_not_the_masks_are_named():
+    encoder, head = TextEncoder(VOCAB, 12, 32, 1, 2, EOS), CaptionHead(VOCAB, 4)
+    ids, mask, _ = batch([3, 9, 5], False)["text"]
+    holes = torch.tensor([[1] * 3 + [0] * 9, [0] * 3 + [1] * 9, [1] * 5 + [0] * 7]).bool()
+    for shown, lengths, says in [
+        (mask, [3, 2, 5], "row 1 has length 2"),
+        (mask, [3, 9, 12], "row 2 has length 12"),
+        (mask, [3, 9], "lengths have 2 rows, the batch has 3"),
+        (holes, [3, 9, 5], "row 1 has length 9, but its mask says 000111111111"),
+        (None, [12, 12, 7], "row 2 has length 7"),
+    ]:
+        text = Padded(ids, shown, Lengths(lengths))
+        with pytest.raises(InputError, match=says):
+            encoder(*text)
+        with pytest.raises(InputError, match=says):
+            head({"text": torch.randn(3, 12, 4)}, {"text": text})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_query_that_may_read_nothing_gets_zeros_and_passes_no_gradient(fused):
+    attention = Attention(8, 2).double()
+    attention.fused_attn = fused
+    q, k, v = torch.randn(3, 2, 5, 2, 4, dtype=torch.float64).requires_grad_()
+    mask = mask_of([5, 0], 5)[:, None, None, :]
+    out = attention._attend(q, k, v, mask, False, None)
+    assert not out[1].any()
+    found = torch.autograd.grad(out.square().sum(), [q, k, v])
+    alone = F.scaled_dot_product_attention(*(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+    torch.testing.assert_close(out[0], alone)
+    assert all(g.isfinite().all() and not g[1].any() and g[0].any() for g in found)
+
+
+@pytest.mark.skipif(varlen_attn is None, reason="this torch has no attention of packed rows")
+@pytest.mark.parametrize(("major", "width", "has"), [(7, 64, False), (8, 64, True), (9, 256, True), (9, 264, False)])
+def test_a_kernel_needs_a_new_enough_gpu_and_narrow_heads(major, width, has, monkeypatch):
+    device = types.SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    assert has_kernel(torch.bfloat16, width, torch.device("cuda", 0)) is has
+    assert not has_kernel(torch.float32, width, torch.device("cuda", 0))
+    assert not has_kernel(torch.bfloat16, width, torch.device("cpu"))
+
+
 @settings(max_examples=50, deadline=None)
-@given(LENGTHS, st.sampled_from([-1, 0, 1]), st.integers(1, 9))
+@given(REAL, st.sampled_from([-1, 0, 1]), st.integers(1, 9))
 def test_packing_and_unpacking_are_inverse(lengths, extra, multiple):
     mask = mask_of(lengths, 12)
     packing = pack_places(mask, Lengths(lengths), extra, multiple)
@@ -164,7 +261,7 @@ def test_packing_and_unpacking_are_inverse(lengths, extra, multiple):
 
 
 @settings(max_examples=30, deadline=None)
-@given(LENGTHS, st.booleans())
+@given(REAL, st.booleans())
 def test_attention_stays_within_a_row(lengths, causal):
     packing = pack_rows(mask_of(lengths, 12), Lengths(lengths), torch.float64, 4, causal)
     q, k, v = torch.randn(3, len(packing.row), 2, 4, dtype=torch.float64)
@@ -205,6 +302,7 @@ def test_lengths_say_what_is_wrong_and_travel_with_the_batch():
 def test_room_is_above_the_total_by_little(counts):
     lengths = Lengths(counts)
     assert lengths.total == sum(counts) and lengths.longest == max(counts, default=0)
+    assert lengths.has_empty == (0 in counts)
     assert 1 <= lengths.room - lengths.total <= min(128, max(16, lengths.total // 16))
     assert lengths.longest <= lengths.width < lengths.longest + 9 and lengths.width % 8 == 0
 
@@ -213,7 +311,8 @@ def test_room_is_above_the_total_by_little(counts):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernel_for_packed_rows_gives_what_windows_give(family):
     """bf16 on a GPU against float32 on it: as far apart as the padded run's bf16."""
-    assert has_kernel(torch.bfloat16, 16)
+    if not has_kernel(torch.bfloat16, 16, torch.device("cuda")):
+        pytest.skip("this GPU has no kernel for packed rows")
     model, lengths = FAMILIES[family]().cuda().train(), [3, 12, 5, 2, 7, 2, 9, 4]
     exact = gradients(model, {m: p.to("cuda") for m, p in batch(lengths, True, torch.float32).items()})
     with torch.autocast("cuda", torch.bfloat16):

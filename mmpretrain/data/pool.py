@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import re
+import sys
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +26,8 @@ from mmpretrain.types import Padded
 
 SPARE = 3
 """Slots of a worker beyond those in its queue: one it fills, and two that the trainer holds on to."""
+SHARE = 4
+"""A pool is at most one part in so many of the memory the machine has left."""
 ALIGNED = 64
 Column = tuple[str, str]
 """Source and modality."""
@@ -32,13 +38,18 @@ class Pool:
 
     A worker takes a free slot and writes into it. The trainer's process sees the same memory as a tensor, and the slot
     is free again once the last view of that tensor is gone: who keeps batches keeps them unchanged. Only forked workers
-    share it; in others, and while all slots are taken, `take` gives None.
+    share it; in others, and while all slots are taken, `take` gives None. Slots that would fill more than a part of
+    the memory that is left are not made, and none where the system refuses them.
     """
 
     def __init__(self, workers: int, slots: int, size: int) -> None:
-        self.key, self.slots, self.size = next(_NUMBERS), slots, -(-size // ALIGNED) * ALIGNED
-        count = workers * slots if size else 0
-        self._memory = mmap.mmap(-1, max(1, count * self.size))
+        self.key, self.size = next(_NUMBERS), -(-size // ALIGNED) * ALIGNED
+        self.slots = min(slots, _room() // max(1, workers * self.size)) if size else 0
+        try:
+            self._memory = mmap.mmap(-1, max(1, workers * self.slots * self.size))
+        except OSError:  # out of memory: batches then come without a slot
+            self.slots, self._memory = 0, mmap.mmap(-1, 1)
+        count = workers * self.slots
         self._taken = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
         _POOLS[self.key] = self
 
@@ -67,6 +78,15 @@ class Pool:
         array = self.bytes_of(slot)
         weakref.finalize(array, self.give_back, slot).atexit = False
         return torch.from_numpy(array)
+
+
+def _room() -> int:
+    """Say how many bytes a pool may have; where the system does not tell what is left, as many as it gives."""
+    try:
+        left = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        left = None
+    return int(left[1]) * 1024 // SHARE if left else sys.maxsize
 
 
 _NUMBERS = itertools.count()
@@ -122,7 +142,7 @@ class PooledCollate:
         """Collate the rows of one step; the queue to the trainer's process turns what is `Sent` into a `Step`."""
         worker = get_worker_info()
         columns = _columns(rows) if worker is not None else {}
-        places = _places(columns, self.pool.size)
+        places = _places(columns, Counter(row.source for row in rows), self.pool.size)
         slot = self.pool.take(worker.id) if worker is not None and places else None
         if slot is None:
             return self.collate(rows)
@@ -151,12 +171,17 @@ def _columns(rows: Sequence[Drawn]) -> dict[Column, list[Tensor]]:
     return found
 
 
-def _places(columns: dict[Column, list[Tensor]], size: int) -> dict[Column, Place]:
-    """Lay the columns out one behind the other; nothing where they do not fit, or cannot be stacked at all."""
+def _places(columns: dict[Column, list[Tensor]], rows: Mapping[str, int], size: int) -> dict[Column, Place]:
+    """Lay the columns out one behind the other; nothing where they do not fit, or cannot be stacked at all.
+
+    `rows`: how many there are of each source.
+    """
     places, end = {}, 0
     for column, tensors in columns.items():
         first = tensors[0]
-        if any(tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in tensors):
+        if len(tensors) != rows[column[0]] or any(
+            tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in tensors
+        ):
             return {}  # an error, which is `Collate`'s to raise
         places[column] = Place(end, (len(tensors), *first.shape), first.dtype)
         end += -(-len(tensors) * first.nbytes // ALIGNED) * ALIGNED

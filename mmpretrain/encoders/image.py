@@ -10,7 +10,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.errors import InputError
 from mmpretrain.layers import AttentionPool
 from mmpretrain.types import Encoded
@@ -112,7 +111,7 @@ class ImageEncoder(nn.Module):
                 if parameter is not None:
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         if gradient_checkpointing:
-            checkpoint_activations(self.backbone, "full")
+            self.backbone.set_grad_checkpointing(True)  # timm's own, which every backbone has
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
         """Encode (B,C,H,W) pixels; images have no padding, so `mask` is unused."""

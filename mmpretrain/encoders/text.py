@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.errors import InputError
 from mmpretrain.layers import Block, KeyValueCache, init_transformer
-from mmpretrain.packing import Packing, known_lengths, pack_rows, packed_dtype, worth_packing
+from mmpretrain.packing import Packing, check_lengths, known_lengths, pack_rows, packed_dtype, worth_packing
 from mmpretrain.types import Encoded, Lengths
 
 Pooling = Literal["eos", "last", "mean", "class_token"]
@@ -87,7 +87,12 @@ class TextEncoder(nn.Module):
     def forward(self, values: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Encoded:
         """Encode (B,L) ids; `mask` (B,L) True = real, None = all. Raises `InputError` beyond `context_length`.
 
-        With `lengths` (on the CPU also without) and an encoder that reads no padding, only real ids are computed.
+        `lengths` say what `mask` says, to the host: the first `counts[i]` ids of row i are real, and no others. A mask
+        of another form (padding first, or holes) has none: give None. On the CPU they are compared with the mask
+        (`InputError` where they differ); on a GPU they are believed, since asking it would make the host wait.
+        With `lengths` (on the CPU also without) and an encoder that reads no padding, only real ids are computed, if
+        no row is empty. Without them a class token is masked, which is right for any mask; other causal encoders
+        expect padding to come last.
         """
         if values.ndim != 2 or values.shape[1] > self.context_length:
             raise InputError(
@@ -99,6 +104,7 @@ class TextEncoder(nn.Module):
                 f"text has length {values.shape[1]}, but this encoder reads padding as text and needs all "
                 f"{self.context_length} positions; set tokenizer.pad=context_length"
             )
+        check_lengths(values, mask, lengths)
         if not self.reads_padding and (self.causal or self.class_token is None):
             lengths = known_lengths(mask, lengths)
             if mask is not None and lengths is not None and worth_packing(mask, lengths):
@@ -129,7 +135,7 @@ class TextEncoder(nn.Module):
             return Encoded(self._pool(tokens, values, real), tokens, real, lengths)
         ids = nn.functional.pad(values, (0, 1))
         place = torch.arange(length + 1, device=values.device).expand_as(ids)
-        if self.causal and self.class_mask == "exact":
+        if self.causal and self.class_mask == "exact" and (mask is None or lengths is not None):
             at = real.sum(1)  # right behind the text, where the triangle alone lets it see all real tokens
             x = self._run(self._embed_at(ids, place, place == at[:, None]), None, None)
             pooled = x.gather(1, at[:, None, None].expand(-1, 1, self.width))[:, 0]
@@ -165,14 +171,19 @@ class TextEncoder(nn.Module):
 
     def _class_token_mask(self, real: Tensor) -> Tensor:
         """Mask (B,1,N,N) for a class token that stands last and is seen by none."""
-        validity = _shifted(real) if self.class_mask == "legacy" else nn.functional.pad(real, (0, 1), value=True)
-        n = validity.shape[1]
-        mask = validity[:, None, None, :].expand(-1, -1, n, -1).clone()
+        legacy, n = self.class_mask == "legacy", real.shape[1] + 1
+        validity = _shifted(real) if legacy else nn.functional.pad(real, (0, 1), value=True)
+        seen = torch.ones(n, n, dtype=torch.bool, device=real.device)
         if self.causal:
-            mask[:, :, :-1] = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()[:-1]
+            seen = seen.tril()
         else:
-            mask[:, :, :-1, -1] = False
-        return mask
+            seen[:-1, -1] = False
+        mask = seen & validity[:, None, :]
+        if not legacy:  # padding sees itself at least, so that no kernel meets a row without anything to attend to
+            mask = mask | torch.eye(n, dtype=torch.bool, device=real.device)
+        elif self.causal:
+            mask[:, :-1] = seen[:-1]
+        return mask[:, None]
 
     def _run(self, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
         causal = self.causal and mask is None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmpretrain.distributed import gather, rank, world_size
 from mmpretrain.errors import InputError
 from mmpretrain.losses.tiled_contrastive import contrastive_sweep
-from mmpretrain.losses.tiles import Exchange, check_tiles, tile_size_for
+from mmpretrain.losses.tiles import Exchange, check_rows, check_tiles, tile_size_for
 from mmpretrain.types import Outputs
 
 PLAIN_UP_TO = 128 * 128
@@ -82,6 +82,7 @@ def ring_contrastive_loss(
 def _swept(
     a: Tensor, b: Tensor, scale: Tensor, identities: Tensor | None, offset: int, tile_size: int | None, ring: bool
 ) -> Tensor:
+    check_rows(a, b, identities, ring)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.promote_types(a.dtype, torch.float32)
         size = tile_size_for(a.device, tile_size)
@@ -95,7 +96,7 @@ class ContrastiveLoss:
 
     `a`, `b`: modality names. `tile_size`: rows and columns of similarities held at once; None holds all of a small
     batch and tiles of a large one. `exchange`: "gather" holds the embeddings of all ranks for one modality, "ring"
-    passes them around. Raises `InputError` where the model's outputs lack a modality.
+    passes them around. Raises `InputError` where the model's outputs lack a modality or are no pairs.
     """
 
     def __init__(
@@ -156,11 +157,17 @@ def _is_small(a: Tensor, tile_size: int | None) -> bool:
 
 
 def embedding_pair(outputs: Outputs, a: str, b: str) -> tuple[Tensor, Tensor]:
-    """Pick two modalities' embeddings; raises `InputError` naming those there are."""
+    """Pick two modalities' embeddings (B,E); raises `InputError` where one is not there or they are no pairs."""
     missing = [m for m in (a, b) if m not in outputs.embeddings]
     if missing:
         raise InputError(
             f"loss needs embeddings of {missing}, the batch has {sorted(outputs.embeddings)}; "
             "change the loss's `a` and `b`, or add the modality to data.fields"
         )
-    return outputs.embeddings[a], outputs.embeddings[b]
+    first, second = outputs.embeddings[a], outputs.embeddings[b]
+    if len(first) != len(second):
+        raise InputError(
+            f"loss needs pairs, the batch has {len(first)} rows of {a!r} and {len(second)} of {b!r}; "
+            "give the loss two modalities of the same samples"
+        )
+    return first, second

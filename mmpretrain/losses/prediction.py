@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmpretrain.distributed import sum_over_ranks, world_size
 from mmpretrain.errors import InputError
+from mmpretrain.losses.tiles import check_first_derivative
 from mmpretrain.types import IGNORE_INDEX, Outputs, Prediction
 
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**26
@@ -90,6 +91,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    check_first_derivative("torch's cross_entropy of the logits")
     return *(gradient.to(saved.dtype) * saved for saved in ctx.saved_tensors), *[None] * 5
 
 

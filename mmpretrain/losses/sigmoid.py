@@ -11,7 +11,17 @@ from torch.nn import functional as F
 from mmpretrain.distributed import gather, rank
 from mmpretrain.errors import InputError
 from mmpretrain.losses.contrastive import embedding_pair
-from mmpretrain.losses.tiles import Blocks, Exchange, buffers, check_tiles, inner_product, tile_size_for, tiles
+from mmpretrain.losses.tiles import (
+    Blocks,
+    Exchange,
+    buffers,
+    check_first_derivative,
+    check_rows,
+    check_tiles,
+    inner_product,
+    tile_size_for,
+    tiles,
+)
 from mmpretrain.types import Outputs
 
 
@@ -81,6 +91,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    check_first_derivative("sigmoid_loss")
     return *(gradient * saved for saved in ctx.saved_tensors), None, None, None
 
 
@@ -115,6 +126,7 @@ def ring_sigmoid_loss(
 
 
 def _swept(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int, tile_size: int | None, ring: bool) -> Tensor:
+    check_rows(a, b, None, ring)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.promote_types(a.dtype, torch.float32)
         inputs = a.to(dtype), b.to(dtype), scale.to(dtype), bias.to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.distributed import exponentials_over_ranks
-from mmpretrain.losses.tiles import Blocks, Tile, buffers, inner_product, tiles
+from mmpretrain.losses.tiles import Blocks, Tile, buffers, check_first_derivative, inner_product, tiles
 
 
 class _Sums(NamedTuple):
@@ -178,6 +178,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    check_first_derivative("contrastive_loss or multi_positive_contrastive_loss")
     gradients = contrastive_backward_sweep(gradient, *ctx.saved_tensors, ctx.offset, ctx.tile_size, ctx.ring)
     return *gradients, None, None, None, None
 

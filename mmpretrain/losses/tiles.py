@@ -31,6 +31,30 @@ def check_tiles(tile_size: int | None, exchange: str) -> None:
         raise InputError(f'exchange is {exchange!r}; give "gather" or "ring"')
 
 
+def check_rows(a: Tensor, b: Tensor, identities: Tensor | None, ring: bool) -> None:
+    """Raise `InputError` where the rows of a (B,E) and b, all columns (G,E) or with `ring` (B,E), are no pairs."""
+    everyone = len(a) * world_size()
+    expected = len(a) if ring else everyone
+    if len(b) != expected:
+        raise InputError(
+            f"loss has {len(a)} rows on each of {world_size()} ranks against {len(b)} columns, expected {expected}; "
+            + ("give a and b row by row in pairs" if ring else "give the columns of all ranks, one for each row")
+        )
+    if identities is not None and len(identities) != everyone:
+        raise InputError(f"loss has {len(identities)} identities for {everyone} rows; give those of all ranks")
+
+
+def check_first_derivative(use: str) -> None:
+    """Raise `InputError` in a backward pass that is itself to be differentiated; `use` says what can be.
+
+    The gradients come out of operators that autograd does not see into: it would take them for constants.
+    """
+    if torch.is_grad_enabled():
+        raise InputError(
+            f"this loss has first derivatives only, and its gradient was asked for with create_graph=True; use {use}"
+        )
+
+
 class Tile(NamedTuple):
     """`rows` of a against `columns` of a block; the tile's row i has its own column at `diagonal + i`."""
 

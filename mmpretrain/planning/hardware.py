@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from mmpretrain.errors import InputError
+from mmpretrain.planning.numbers import number
 
 GIB = 2**30
+_TEXTS = ("name", "kind", "source")
+_DIVIDED = (
+    "peak_tflops",
+    "float32_tflops",
+    "memory_gib",
+    "memory_gb_per_s",
+    "cores_per_device",
+    "link_gb_per_s",
+    "network_gb_per_s",
+    "reserved_gib",
+)
+"""Figures of a CPU that the ranks on it divide."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Hardware:
     network, both in one direction. `attainable`: share of the peak that large matrix products reach. `efficiency`:
     share of *that* which a training step's useful products reach. `link_efficiency`: share of both bandwidths that
     collectives reach. `latency_us`: what one hop of a collective takes beside its bytes. `reserved_gib`: memory that
-    the driver, its libraries and unusable holes take.
+    the driver, its libraries and unusable holes take. The one device of a CPU's node is the whole machine (`shared`).
 
     Raises `InputError` for a figure that cannot be.
     """
@@ -46,17 +59,22 @@ class Hardware:
         if self.kind not in ("gpu", "cpu"):
             raise InputError(f"hardware.kind is {self.kind!r}; give gpu or cpu")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, str):
-                continue
-            least_open = field.name not in ("latency_us", "reserved_gib")
-            if not isinstance(value, (int, float)) or value < 0 or (least_open and value == 0):
-                raise InputError(f"hardware.{field.name} is {value!r}; give a number above 0")
+            if field.name not in _TEXTS:
+                least = {"latency_us": 0, "reserved_gib": 0, "devices_per_node": 1}.get(field.name)
+                number(f"hardware.{field.name}", getattr(self, field.name), least, field.name == "devices_per_node")
         for name in ("attainable", "efficiency", "link_efficiency"):
             if getattr(self, name) > 1:
                 raise InputError(f"hardware.{name} is {getattr(self, name)}; it is a share: give at most 1")
         if self.reserved_gib >= self.memory_gib:
             raise InputError(f"hardware.reserved_gib {self.reserved_gib} leaves nothing of {self.memory_gib} GiB")
+
+    def shared(self, ranks: int) -> Hardware:
+        """What one of `ranks` of a node has: a GPU of its own, but a CPU's cores, memory and bandwidth are divided."""
+        if self.kind == "gpu" or ranks <= self.devices_per_node:
+            return self
+        part = self.devices_per_node / ranks
+        divided: dict[str, Any] = {name: getattr(self, name) * part for name in _DIVIDED}
+        return replace(self, **divided)
 
     @property
     def usable_bytes(self) -> float:

@@ -7,20 +7,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from mmpretrain.activation_checkpointing import checkpoint_activations
-from mmpretrain.config import check_target, instantiate
-from mmpretrain.errors import InputError
+from mmpretrain.config import instantiate
 from mmpretrain.model import MultimodalModel
+from mmpretrain.planning import arguments
+from mmpretrain.planning.arguments import Precision
 from mmpretrain.planning.hardware import Hardware
 from mmpretrain.planning.loss_cost import loss_costs
 from mmpretrain.planning.measure import ModelCost, measure
+from mmpretrain.planning.numbers import number
 from mmpretrain.planning.predict import (
     Input,
-    Parallel,
     Run,
     Times,
     largest_batch,
@@ -31,8 +31,6 @@ from mmpretrain.planning.predict import (
 )
 from mmpretrain.planning.traffic import Message, Ranks
 from mmpretrain.planning.weights import Weights, weigh
-
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None, "32": None}
 
 
 class Plan(NamedTuple):
@@ -87,6 +85,11 @@ class Plan(NamedTuple):
         peak = self.run.hardware.peak_tflops if self.run.half else self.run.hardware.float32_tflops
         return self.useful * self.samples_per_s / self.run.ranks.all / (peak * 1e12)
 
+    @property
+    def reached(self) -> float:
+        """Useful FLOPs over what large matrix products reach: the denominator of `benchmarks/`."""
+        return self.mfu / self.run.hardware.attainable
+
 
 def plan(config: DictConfig) -> Plan:
     """Plan what `config` (see configs/plan.yaml) describes; reads no data and needs no GPU.
@@ -94,25 +97,15 @@ def plan(config: DictConfig) -> Plan:
     Raises `InputError` for hardware, devices or a batch that cannot be, and for a model that plan cannot measure.
     """
     build = partial(instantiate, allow=tuple(config.allow_targets))
-    hardware: Hardware = build(config.hardware)
-    ranks = _ranks(config, hardware)
-    rows, left = divmod(config.data.global_batch_size, ranks.all)
-    if left or rows < 1:
-        raise InputError(
-            f"data.global_batch_size {config.data.global_batch_size} cannot be divided by {ranks.all} devices; set "
-            f"it to a multiple, such as {max(1, rows) * ranks.all}"
-        )
-    wanted = config.plan
-    for name in ("caption_tokens", "images_per_core", "bytes_per_sample"):
-        if not wanted[name] > 0:
-            raise InputError(f"plan.{name} is {wanted[name]}; give a number above 0")
-    if config.trainer.precision not in AUTOCAST:
-        raise InputError(f"trainer.precision is {config.trainer.precision!r}; plan knows {', '.join(AUTOCAST)}")
+    described: Hardware = build(config.hardware)
+    ranks = arguments.ranks(config, described)
+    hardware, rows = described.shared(ranks.per_node), arguments.rows_of_one(config, ranks)
+    feed, seen = arguments.feed(config), arguments.samples_seen(config)
+    precision = arguments.precision(config, hardware)
     with torch.device("meta"):
         model: MultimodalModel = build(config.model)
-    shapes = _shapes(config, model)
-    run = _run(config, build, model, shapes, hardware, ranks)
-    feed = Input(float(wanted.images_per_core), float(wanted.bytes_per_sample))
+    shapes = arguments.shapes(config, model)
+    run = _run(config, build, model, shapes, hardware, ranks, precision)
     parts = memory(run, rows)
     largest = largest_batch(run)
     made = Plan(
@@ -120,63 +113,15 @@ def plan(config: DictConfig) -> Plan:
         rows=rows,
         feed=feed,
         caption_tokens=shapes["text"][0] if "text" in shapes else None,
-        samples_seen=float(wanted.samples_seen or config.data.global_batch_size * config.trainer.max_steps),
+        samples_seen=seen,
         memory=parts,
         largest=largest,
         suggestions=[],
         messages=messages(run, rows),
         times=times(run, rows, feed),
-        notes=_notes(config, run, rows),
+        notes=_notes(config, run, rows, precision),
     )
-    return made if made.fits else made._replace(suggestions=_suggestions(config, build, made, shapes))
-
-
-def _ranks(config: DictConfig, hardware: Hardware) -> Ranks:
-    devices, nodes = config.trainer.devices, config.trainer.num_nodes
-    if devices in ("auto", -1):
-        devices = hardware.devices_per_node
-    if not isinstance(devices, int) or not isinstance(nodes, int) or devices < 1 or nodes < 1:
-        raise InputError(f"trainer.devices={devices} and trainer.num_nodes={nodes}; plan takes numbers of at least 1")
-    if hardware.kind == "gpu" and devices > hardware.devices_per_node:
-        raise InputError(
-            f"trainer.devices={devices}, but a node of hardware={hardware.name} has {hardware.devices_per_node}; "
-            f"set trainer.devices={hardware.devices_per_node} and more trainer.num_nodes"
-        )
-    return Ranks(devices, nodes, gloo=hardware.kind == "cpu")
-
-
-def _parallel(config: DictConfig, ranks: Ranks) -> tuple[Parallel, bool]:
-    """How ranks share the work, and whether DDP keeps gradients in its buckets."""
-    strategy = config.trainer.strategy
-    target = strategy.get("_target_") if OmegaConf.is_dict(strategy) else None
-    if target is not None:
-        check_target(target, "trainer.strategy._target_", tuple(config.allow_targets))
-        from lightning.pytorch.strategies import ModelParallelStrategy
-
-        if issubclass(get_object(target), ModelParallelStrategy):
-            return ("fsdp" if ranks.per_node > 1 else "ddp" if ranks.all > 1 else "none"), True
-    view = target is None or bool(strategy.get("gradient_as_bucket_view", False))
-    return ("ddp" if ranks.all > 1 else "none"), view
-
-
-def _shapes(config: DictConfig, model: MultimodalModel) -> dict[str, tuple[int, ...]]:
-    """The shape of one row of each modality; text has the mean length, unless its encoder computes padding."""
-    known: dict[str, tuple[int, ...]] = {"image": (3, config.data.image_size, config.data.image_size)}
-    if "text" in model.encoders:
-        text = model.encoders["text"]
-        context = int(config.tokenizer.context_length)
-        whole = config.plan.padded or getattr(text, "reads_padding", False)
-        if config.plan.caption_tokens > context:
-            raise InputError(
-                f"plan.caption_tokens is {config.plan.caption_tokens}, but the tokenizer cuts at {context}; "
-                "give at most that"
-            )
-        known["text"] = (context if whole else round(config.plan.caption_tokens),)
-    known |= {modality: tuple(shape) for modality, shape in config.plan.shapes.items()}
-    missing = [modality for modality in model.encoders if modality not in known]
-    if missing:
-        raise InputError(f"plan does not know the shape of {missing}; set plan.shapes.{missing[0]}=[...] of one row")
-    return {modality: known[modality] for modality in model.encoders}
+    return made if made.fits else made._replace(suggestions=suggest(config, build, made, shapes, precision))
 
 
 def _run(
@@ -186,17 +131,21 @@ def _run(
     shapes: Mapping[str, tuple[int, ...]],
     hardware: Hardware,
     ranks: Ranks,
+    precision: Precision,
 ) -> Run:
-    step, half = config.trainer, AUTOCAST[config.trainer.precision] is not None
-    size = step.get("micro_batch_size")
-    if size is not None and size < 1:
-        raise InputError(f"trainer.micro_batch_size is {size}; give at least 1, or null for the whole batch")
-    described = build(config.losses)
-    losses = {name: loss for name, loss in described["losses"].items() if described["weights"].get(name, 1.0)}
-    cost = _measured(config, build, shapes, hardware, step.get("activation_checkpointing"))
-    optimizer = build(config.optimizer)
-    weights: Weights = weigh(model, optimizer["optimizer"], optimizer["groups"])
-    parallel, view = _parallel(config, ranks)
+    from mmpretrain.train import STEP, training_module
+
+    half = precision.autocast is not None
+    parallel, view = arguments.parallel(config, ranks)
+    size = config.trainer.get("micro_batch_size")
+    if size is not None:
+        number("trainer.micro_batch_size", size, 1, whole=True)
+    # What train refuses is refused here; 8 bits ask for this host's GPU, which is not the one planned for.
+    step = {key: config.trainer[key] for key in STEP if key in config.trainer and key != "fp8"}
+    module = training_module(config, model, step, build)
+    losses = {name: loss for name, loss in module.losses.items() if module.weights.get(name, 1.0)}
+    cost = _measured(config, build, shapes, hardware, precision, step.get("activation_checkpointing"))
+    weights: Weights = weigh(model, module.optimizer, module.groups)
     return Run(
         model=cost,
         weights=weights,
@@ -207,11 +156,17 @@ def _run(
         bucket_view=view,
         half=half,
         micro_batch_size=size,
+        averaged=arguments.averaged(config),
     )
 
 
 def _measured(
-    config: DictConfig, build: Any, shapes: Mapping[str, tuple[int, ...]], hardware: Hardware, mode: Any
+    config: DictConfig,
+    build: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    hardware: Hardware,
+    precision: Precision,
+    mode: Any,
 ) -> ModelCost:
     def recompute(model: nn.Module) -> None:
         checkpoint_activations(model, mode)
@@ -219,24 +174,28 @@ def _measured(
     return measure(
         lambda: build(config.model),
         shapes,
-        AUTOCAST[config.trainer.precision],
+        precision.autocast,
         hardware.kind == "gpu",  # on a CPU training takes plain attention
         None if mode is None else recompute,
     )
 
 
-def _suggestions(config: DictConfig, build: Any, made: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What would make the step fit, each with its price."""
+def suggest(
+    config: DictConfig, build: Any, made: Plan, shapes: Mapping[str, tuple[int, ...]], precision: Precision
+) -> list[str]:
+    """What would make the step fit, each with its price; train refuses selective checkpointing of micro-batches."""
     found = []
     run, rows = made.run, made.rows
+    mode_now = config.trainer.get("activation_checkpointing")
     size = largest_micro_batch(run, rows)
-    if size:
+    if size and mode_now != "selective":
         slower = (run.model.useful + run.model.recomputed + run.model.forward) / (
             run.model.useful + run.model.recomputed
         )
         found.append(f"trainer.micro_batch_size={size}: fits, {slower:.2f}x the products")
-    for mode in ("selective", "full") if config.trainer.get("activation_checkpointing") is None else ():
-        changed = run._replace(model=_measured(config, build, shapes, run.hardware, mode))
+    modes = () if mode_now is not None else ("full",) if run.micro_batch_size is not None else ("selective", "full")
+    for mode in modes:
+        changed = run._replace(model=_measured(config, build, shapes, run.hardware, precision, mode))
         slower = (changed.model.useful + changed.model.recomputed) / run.model.useful
         most = largest_batch(changed)
         verdict = "fits" if most >= rows else f"fits {most} a device"
@@ -246,11 +205,22 @@ def _suggestions(config: DictConfig, build: Any, made: Plan, shapes: Mapping[str
     return found
 
 
-def _notes(config: DictConfig, run: Run, rows: int) -> list[str]:
-    notes = [
-        f"A prediction. Efficiency {run.hardware.efficiency:.0%} of what large products reach "
-        f"({run.hardware.attainable:.0%} of the peak) is an assumption; give what you measured as hardware.efficiency.",
-    ]
+def _notes(config: DictConfig, run: Run, rows: int, precision: Precision) -> list[str]:
+    hardware = run.hardware
+    share = f"Efficiency {hardware.efficiency:.0%} of what large products reach ({hardware.attainable:.0%} of the peak)"
+    if hardware.kind == "gpu":
+        notes = [f"A prediction. {share} is an assumption; give what you measured as hardware.efficiency."]
+    else:
+        notes = [
+            f"A prediction. {share} is of one machine and one model ({hardware.source}); small models and other "
+            "machines reach less or more. Give what you measured as hardware.efficiency.",
+            "Input and compute share the cores, so their times add; ranks of a machine divide all it has.",
+        ]
+    if precision.replaced is not None:
+        notes.append(
+            f"trainer.precision was chosen after this host's CPU; for {hardware.name} it is taken as bf16-mixed, "
+            "as trainer=gpu sets it."
+        )
     unknown = [name for name, cost in run.losses(run.place(rows)).items() if not cost.known]
     if unknown:
         notes.append(f"Nothing is counted of the losses {', '.join(unknown)}, which are not of this library.")

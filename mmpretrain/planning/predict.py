@@ -19,7 +19,8 @@ LARGEST = 2**20
 
 
 class Run(NamedTuple):
-    """What is planned: `losses` gives their costs for a number of rows of one rank."""
+    """What is planned: `losses` gives their costs for a number of rows of one rank; `hardware` is one rank's share of
+    it; `averaged` says that a moving average of the trained weights is kept."""
 
     model: ModelCost
     weights: Weights
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     bucket_view: bool
     half: bool
     micro_batch_size: int | None
+    averaged: bool = False
 
     def place(self, rows: int) -> Place:
         """Where a loss over `rows` of each rank is computed."""
@@ -44,7 +46,8 @@ class Input(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of one step. `communication` is what does not hide behind the backward pass; `input` runs beside all."""
+    """Seconds of one step. `communication` is what does not hide behind the backward pass. `input` runs beside all, but
+    with `same_cores` (on a CPU) it takes its time from them."""
 
     model: float
     losses: float
@@ -52,6 +55,7 @@ class Times(NamedTuple):
     communication: float
     hidden: float
     input: float
+    same_cores: bool = False
 
     @property
     def device(self) -> float:
@@ -61,17 +65,18 @@ class Times(NamedTuple):
     @property
     def step(self) -> float:
         """One step."""
-        return max(self.device, self.input)
+        return self.device + self.input if self.same_cores else max(self.device, self.input)
 
     @property
     def bound(self) -> str:
         """What would have to get faster: input, communication, optimizer or compute."""
-        if self.input > self.device:
+        if not self.same_cores and self.input > self.device:
             return "input"
         shares = {
             "compute": self.model + self.losses,
             "communication": self.communication,
             "optimizer": self.optimizer,
+            "input": self.input if self.same_cores else 0.0,
         }
         return max(shares, key=lambda name: shares[name])
 
@@ -90,7 +95,8 @@ def memory(run: Run, rows: int) -> dict[str, float]:
         "input": 2 * model.input * rows,  # this batch and the next
     }
     losses = {f"{name} loss": cost.held for name, cost in run.losses(run.place(rows)).items()}
-    return {**_of_weights(run), **kept, **losses}
+    average = {"moving average": run.weights.trained} if run.averaged else {}
+    return {**_of_weights(run), **average, **kept, **losses}
 
 
 def _of_weights(run: Run) -> dict[str, float]:
@@ -178,13 +184,17 @@ def times(run: Run, rows: int, feed: Input) -> Times:
         early - hidden + late,
         hidden,
         rows / (hardware.cores_per_device * feed.images_per_core),
+        same_cores=hardware.kind == "cpu",
     )
 
 
 def _optimizer(run: Run) -> float:
-    """Read gradients three times (norm, clipping, step), read and write weights and state; add its products."""
+    """Read gradients three times (norm, clipping, step), read and write weights and state; add its products.
+
+    A moving average reads weights and itself and is written.
+    """
     weights, hardware = run.weights, run.hardware
-    moved = 3 * weights.trained + 2 * weights.trained + 2 * weights.state
+    moved = 3 * weights.trained + 2 * weights.trained + 2 * weights.state + (3 * weights.trained if run.averaged else 0)
     shards = run.ranks.per_node if run.parallel == "fsdp" else 1
     products = weights.optimizer_flops / (hardware.matmul_flops() * hardware.efficiency)
     return moved / shards / (hardware.memory_gb_per_s * 1e9) + products

@@ -55,7 +55,8 @@ def as_object(plan: Plan) -> dict[str, Any]:
             ],
             "sent": sum(message.sent(run.ranks) for message in plan.messages),
         },
-        "seconds": {**took._asdict(), "step": took.step},
+        "seconds": {name: value for name, value in took._asdict().items() if name != "same_cores"}
+        | {"step": took.step},
         "input": {
             "images_per_s_per_core": plan.samples_per_s / run.ranks.all / run.hardware.cores_per_device,
             "images_per_s_per_core_of_a_device_that_never_waits": plan.rows
@@ -70,6 +71,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
         "device_hours": plan.hours * run.ranks.all,
         "bound": plan.bound,
         "mfu": plan.mfu,
+        "share_of_attainable": plan.reached,
         "notes": plan.notes,
     }
 
@@ -130,6 +132,7 @@ def _summary(plan: Plan) -> Any:
     where = f"{run.ranks.nodes} x {run.ranks.per_node} {run.hardware.name}"
     table = Table("prediction", where, title=f"Global batch {plan.global_batch:,}")
     shown = {"model": took.model, "losses": took.losses, "optimizer": took.optimizer}
+    shown |= {"input, on the same cores": took.input} if took.same_cores else {}
     shown |= {"communication not hidden": took.communication} if run.ranks.all > 1 else {}
     for name, seconds in shown.items():
         table.add_row(f"{name}, ms", f"{seconds * 1e3:,.2f}")
@@ -138,8 +141,11 @@ def _summary(plan: Plan) -> Any:
     table.add_row("bound by", plan.bound)
     table.add_row("samples/s", f"{plan.samples_per_s:,.0f}")
     table.add_row("samples/s of one device", f"{plan.samples_per_s / run.ranks.all:,.0f}")
-    table.add_row("useful share of the peak", f"{plan.mfu:.1%}")
-    table.add_row("images/s a core must give", f"{plan.rows / took.device / cores:,.0f} ({cores:g} cores a device)")
+    table.add_row("useful share of the data sheet's peak", f"{plan.mfu:.1%}")
+    table.add_row("useful share of what large products reach", f"{plan.reached:.1%}")
+    if not took.same_cores:
+        must = plan.rows / took.device / cores
+        table.add_row("images/s a core must give", f"{must:,.0f} ({cores:g} cores a device)")
     table.add_row("images/s a core is taken to give", f"{plan.feed.images_per_core:,.0f}")
     read = plan.samples_per_s / run.ranks.nodes * plan.feed.bytes_per_sample
     table.add_row("shards read by a node, MB/s", f"{read / 1e6:,.1f}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +13,6 @@ from torch import nn
 def prepare_cpu(model: nn.Module, local_ranks: int = 1) -> None:
     """Prepare this process, one of `local_ranks` on the machine, to train `model` on a CPU."""
     share_threads(local_ranks)
-    keep_memory()
     use_plain_attention(model)
 
 
@@ -48,21 +45,6 @@ def cpu_precision(root: Path = Path("/")) -> str:
     return "bf16-mixed" if _BF16 & _cpu_flags(root) else "32-true"
 
 
-def keep_memory() -> bool:
-    """Let the C library keep freed memory for the next step instead of giving it back; returns whether it does.
-
-    glibc maps each tensor above 32 MB anew, and the kernel then clears every page of it, in every step: about a
-    twentieth of a step of ViT-B/32, nothing for small models.
-    """
-    if sys.platform != "linux":
-        return False
-    try:
-        set_option = ctypes.CDLL(None).mallopt  # glibc alone has it
-    except (OSError, AttributeError):
-        return False
-    return bool(set_option(_M_MMAP_MAX, 0) and set_option(_M_TRIM_THRESHOLD, 2**31 - 1))
-
-
 def use_plain_attention(model: nn.Module) -> None:
     """Turn fused attention off in every part that has the switch, ours and timm's.
 
@@ -76,8 +58,6 @@ def use_plain_attention(model: nn.Module) -> None:
 
 _BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
 """As Linux names them; `bf16` is Arm's."""
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # numbers of mallopt(3)
 
 
 def _cpu_flags(root: Path) -> set[str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mmpretrain.data import pool as pool_module
 from mmpretrain.data.datamodule import DataModule, Source
 from mmpretrain.data.decode import Image, TextCaption
-from mmpretrain.data.pool import Pool, PooledCollate
+from mmpretrain.data.pool import Pool, PooledCollate, Sent, open_sent
 from mmpretrain.data.preprocess import Augment
 from mmpretrain.data.step import Collate, Drawn
 from mmpretrain.data.tokenizer import ByteTokenizer
@@ -55,12 +61,14 @@ def test_a_slot_is_free_when_the_last_view_is_gone(shards):
 
 def test_slots_are_used_again(shards):
     loader = module(shards, 1).loader(0, 1, 0, 40)
-    places = set()
+    loader.pin_memory = False  # pinning copies out of the slots
+    pool, uses = loader.collate_fn.pool, list[float]()
+    begin = np.frombuffer(pool._memory, np.uint8).ctypes.data
     for step in loader:
-        places.add(step.batches["pairs"]["image"].values.data_ptr())
+        uses.append((step.batches["pairs"]["image"].values.data_ptr() - begin) / pool.size)
         del step
         time.sleep(0.001)
-    assert len(places) <= loader.collate_fn.pool.slots
+    assert len(uses) == 40 and set(uses) <= set(range(pool.slots))
 
 
 def test_a_pool_that_was_pickled_has_no_slots():
@@ -91,3 +99,78 @@ def test_what_does_not_fit_comes_without_a_slot(shards, size):
     wanted = list(module(shards, 0).loader(0, 1, 0, 2))
     for step, other in zip(loader, wanted, strict=True):
         assert torch.equal(step.batches["pairs"]["image"].values, other.batches["pairs"]["image"].values)
+
+
+def in_a_worker(rows: list[Drawn], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Collate as the only worker would, and open what it sends."""
+    monkeypatch.setattr(pool_module, "get_worker_info", lambda: SimpleNamespace(id=0))
+    pool = Pool(1, 2, 10000)
+    sent = PooledCollate(Collate({}), pool)(rows)
+    return (open_sent(*sent) if isinstance(sent, Sent) else sent), pool
+
+
+def drawn(*examples: dict[str, Any]) -> list[Drawn]:
+    return [Drawn("pairs", str(i), example, None) for i, example in enumerate(examples)]
+
+
+def test_a_worker_stacks_into_a_slot(monkeypatch):
+    step, pool = in_a_worker(drawn(*({"image": torch.full((3,), i)} for i in range(3))), monkeypatch)
+    assert step.batches["pairs"]["image"].values.tolist() == [[i] * 3 for i in range(3)] and pool._taken.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"image": torch.ones(3)}, {"image": torch.ones(3), "depth": "none"}, {"depth": torch.ones(2)}],
+    ids=["missing", "text", "first missing"],
+)
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_row_that_lacks_a_column_is_an_error_and_never_dropped(odd, at, monkeypatch):
+    examples = [{"image": torch.full((3,), float(i)), "depth": torch.full((2,), float(i))} for i in range(4)]
+    examples[at] = odd
+    other = [Drawn("others", "0", {"image": torch.ones(3)}, None)]  # of another source, which has no such column
+    rows = drawn(*examples) + other
+    try:
+        wanted = Collate({})(rows)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            in_a_worker(rows, monkeypatch)
+        return
+    assert at == 0 and len(odd) == 1  # the columns are those of the first row
+    found, _ = in_a_worker(rows, monkeypatch)
+    for source, batch in wanted.batches.items():
+        assert {m: x.values.tolist() for m, x in found.batches[source].items()} == {
+            m: x.values.tolist() for m, x in batch.items()
+        }
+
+
+def test_a_source_may_lack_what_another_has(monkeypatch):
+    rows = drawn({"image": torch.zeros(3)}, {"image": torch.ones(3)})
+    rows.append(Drawn("others", "0", {"image": torch.ones(3), "depth": torch.ones(2)}, None))
+    step, pool = in_a_worker(rows, monkeypatch)
+    assert [len(step.batches[s][m].values) for s, m in (("pairs", "image"), ("others", "depth"))] == [2, 1]
+    assert pool._taken.sum() == 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_more_memory_than_there_is_means_no_slots(told, monkeypatch):
+    if not told:  # a system that does not say what is left, and then refuses
+        monkeypatch.setattr(pool_module, "_room", lambda: sys.maxsize)
+    pool = Pool(4, 5, 2**50)
+    assert pool.slots == 0 and pool.take(0) is None
+    rows = drawn({"image": torch.zeros(3)})
+    monkeypatch.setattr(pool_module, "get_worker_info", lambda: SimpleNamespace(id=3))
+    assert PooledCollate(Collate({}), pool)(rows).batches["pairs"]["image"].values.tolist() == [[0.0] * 3]
+
+
+def test_a_pool_takes_a_modest_share_of_the_memory():
+    left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pool = Pool(1, 100, left // 100)
+    assert 0 < pool.slots * pool.size <= left // 4
+
+
+def test_as_many_slots_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(pool_module, "_room", lambda: 1000)
+    pool = Pool(2, 3, 128)
+    assert pool.slots == 3
+    pool = Pool(2, 5, 128)
+    assert pool.slots == 3 and [pool.take(1) for _ in range(4)] == [3, 4, 5, None]

@@ -96,6 +96,20 @@ def test_the_class_token_sees_the_first_padding_only_under_the_legacy_mask(class
     assert bool((model(ids, mask).pooled - before).abs().max() > 1e-4) is moves
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("real", [[3, 4, 5, 6, 7], [0, 1, 2, 5, 6], [0, 1, 2]])
+def test_a_class_token_sees_what_the_mask_says_whatever_its_form(causal, real):
+    model = encoder(pooling="class_token", causal=causal)
+    ids, mask = text(8)[0], torch.zeros(1, 8, dtype=torch.bool)
+    mask[:, real] = True
+    want = model(ids, mask).pooled
+    for place in range(8):
+        other = ids.clone()
+        other[0, place] = ids[0, place] % 40 + 1
+        moved = (model(other, mask).pooled - want).abs().max()
+        assert moved > 1e-6 if place in real else moved < 1e-12
+
+
 def test_eos_pooling_takes_the_first_end_and_needs_no_mask():
     model = encoder()
     ids, mask = text(5, 10)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mmpretrain import IGNORE_INDEX, Outputs, Prediction, PredictionLoss, prediction_loss
+from mmpretrain import IGNORE_INDEX, InputError, Outputs, Prediction, PredictionLoss, prediction_loss
 from mmpretrain.losses import prediction as module
 from tests.losses.memory import allocations
 from tests.losses.test_losses import agree
@@ -97,3 +97,10 @@ def test_compiles_without_a_graph_break():
     given = Outputs({}, torch.ones(1), None, {"caption": made}, {})
     compiled = torch.compile(PredictionLoss(), backend="aot_eager", fullgraph=True)
     agree(compiled(given), PredictionLoss()(given), (made.hidden, made.weight), 1e-12)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    made = prediction(3, 4)
+    for of in (made.hidden, made.weight):
+        with pytest.raises(InputError, match=r"create_graph=True; use torch's cross_entropy"):
+            torch.autograd.grad(prediction_loss(made), of, create_graph=True)

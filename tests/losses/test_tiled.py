@@ -13,12 +13,15 @@ from mmpretrain import ContrastiveLoss, InputError, MultiPositiveContrastiveLoss
 from mmpretrain.losses import (
     contrastive_loss,
     multi_positive_contrastive_loss,
+    ring_contrastive_loss,
+    ring_sigmoid_loss,
     sigmoid_loss,
     tiled_contrastive_loss,
     tiled_sigmoid_loss,
 )
 from tests.losses.memory import allocations
 from tests.losses.test_losses import agree, leaves
+from tests.ranks import run_ranks
 
 shapes = st.tuples(st.integers(1, 13), st.integers(1, 15), st.integers(0, 99))
 scales = st.sampled_from([1.0, 14.0, 100.0, 1000.0])
@@ -174,3 +177,85 @@ def test_what_no_tile_can_be_is_refused(loss):
         loss(tile_size=0)
     with pytest.raises(InputError, match=r"'scatter'.*ring"):
         loss(exchange="scatter")
+
+
+LOSSES = {
+    "contrastive": lambda a, b, s, t: tiled_contrastive_loss(a, b, s, 0, 4),
+    "ring contrastive": lambda a, b, s, t: ring_contrastive_loss(a, b, s, 4),
+    "multi-positive": lambda a, b, s, t: tiled_contrastive_loss(a, b, s, 0, 4, captions(len(a), 0)),
+    "sigmoid": lambda a, b, s, t: tiled_sigmoid_loss(a, b, s, t, 0, 4),
+    "ring sigmoid": lambda a, b, s, t: ring_sigmoid_loss(a, b, s, t, 4),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_second_derivatives_are_refused_rather_than_wrong(loss):
+    given = leaves(6)
+    with pytest.raises(InputError, match=r"create_graph=True; use \w*(contrastive|sigmoid)_loss"):
+        torch.autograd.grad(loss(*given), given[0], create_graph=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 6), (6, 5), (5, 10)])
+def test_rows_without_their_column_are_refused(loss, rows, columns):
+    a, _, s, t = leaves(rows)
+    with pytest.raises(InputError, match=rf"{rows} rows .* {columns} columns, expected {rows}"):
+        loss(a, leaves(columns)[1], s, t)
+
+
+def test_identities_of_other_rows_are_refused():
+    a, b, s, _ = leaves(6)
+    for loss in (
+        lambda ids: tiled_contrastive_loss(a, b, s, 0, 4, ids),
+        lambda ids: ring_contrastive_loss(a, b, s, 4, ids),
+    ):
+        with pytest.raises(InputError, match="7 identities for 6 rows"):
+            loss(captions(7, 0))
+
+
+def refusals() -> list[str]:
+    """What is said where the columns are this rank's alone, or too many for a ring."""
+    a, b, s, t = leaves(4)
+    twice = torch.cat([b, b])
+    asked = [
+        lambda: tiled_contrastive_loss(a, b, s),
+        lambda: tiled_sigmoid_loss(a, b, s, t),
+        lambda: ring_contrastive_loss(a, twice, s),
+        lambda: ring_sigmoid_loss(a, twice, s, t),
+        lambda: ring_contrastive_loss(a, b, s, None, captions(4, 0)),
+    ]
+    said = []
+    for ask in asked:
+        try:
+            ask()
+        except InputError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+    return said
+
+
+def test_columns_of_other_ranks_are_missed():
+    for said in run_ranks(refusals, 2):
+        for message, part in zip(said, ["4 columns, expected 8"] * 2 + ["8 columns, expected 4"] * 2, strict=False):
+            assert part in message and "4 rows on each of 2 ranks" in message
+        assert "4 identities for 8 rows" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ContrastiveLoss(),
+        ContrastiveLoss(tile_size=2),
+        ContrastiveLoss(exchange="ring"),
+        MultiPositiveContrastiveLoss(),
+        SigmoidLoss(),
+        SigmoidLoss(exchange="gather"),
+    ],
+)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 4), (4, 3)])
+def test_modalities_that_are_no_pairs_are_refused(loss, rows, columns):
+    a, b = outputs(rows, 4).embeddings["image"], outputs(columns, 4).embeddings["text"]
+    given = outputs(rows, 4)._replace(embeddings={"image": a, "text": b})
+    with pytest.raises(InputError, match=f"{rows} rows of 'image' and {columns} of 'text'"):
+        loss(given)

@@ -121,23 +121,6 @@ def test_torch_sees_the_same_hardware():
         assert (cpu.cpu_precision() == "bf16-mixed") == found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
-def test_memory_of_a_step_serves_the_next():
-    """A second step of the same sizes must not fault its pages in again."""
-    script = (
-        "import resource, torch; from mmpretrain.training.cpu import keep_memory\n"
-        "kept = keep_memory()\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.ones(40 << 18)\n"  # 40 MB
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print(kept, faults(), faults())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    kept, first, second = done.stdout.split()
-    assert kept == "False" or int(second) < int(first) / 10
-
-
 def test_every_attention_becomes_plain_and_computes_the_same():
     model, batch = models.coca().double().eval(), models.batch(4)
     want = model(batch)

@@ -18,13 +18,16 @@ from mmpretrain import ContrastiveLoss, PredictionLoss, SigmoidLoss
 from mmpretrain.cli import HARMLESS
 from mmpretrain.data.device_prefetch import DevicePrefetch
 from mmpretrain.data.step import Step, Trace
+from mmpretrain.losses.prediction import linear_cross_entropy
+from mmpretrain.losses.sigmoid import sigmoid_sweep
+from mmpretrain.losses.tiled_contrastive import contrastive_backward_sweep, contrastive_sweep
 from mmpretrain.training.callbacks import Metrics
 from mmpretrain.training.diagnostics import Diagnostics
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.guard import NonFiniteGuard
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.optim import parameter_groups, warmup_cosine
-from mmpretrain.types import Batch, Lengths
+from mmpretrain.types import IGNORE_INDEX, Batch, Lengths
 from tests import models
 from tests.faults.bad_steps import EventFile, NoCheckpoints
 
@@ -132,6 +135,88 @@ def test_no_operator_of_a_step_makes_the_host_wait(family, options, tmp_path):
         trainer.fit(module, Data())
     assert [found for number, found in enumerate(steps.steps, start=1) if number % 3] == [{}] * 4
     assert all(steps.steps[2::3])  # logged steps do wait, so the operators are counted
+
+
+Given = tuple[Any, ...]
+"""Arguments of an operator: no mode looks into those of this package, so what is inside of them is run by itself."""
+
+
+def contrastive(identities: bool, ring: bool) -> list[tuple[Any, Given]]:
+    """Both sweeps, the second with what the first gives."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 7, 4, generator=generator)
+    ids = torch.tensor([0, 1, 2, 0, 3, 1, 4]) if identities else None
+    inputs = a, b, torch.tensor([5.0]), ids
+    sums = contrastive_sweep(*inputs, 0, 3, ring)[1:]
+    return [
+        (contrastive_sweep, (*inputs, 0, 3, ring)),
+        (contrastive_backward_sweep, (torch.tensor(2.0), *inputs, *sums, 0, 3, ring)),
+    ]
+
+
+def sigmoid(ring: bool) -> list[tuple[Any, Given]]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 7, 4, generator=generator)
+    return [(sigmoid_sweep, (a, b, torch.tensor([5.0]), torch.tensor([-5.0]), 0, 3, ring))]
+
+
+def caption(precision: torch.dtype, learns: bool) -> list[tuple[Any, Given]]:
+    """All rows, as on a GPU, where choosing those that are asked would wait for how many they are."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    labels = torch.tensor([1, 2, IGNORE_INDEX, 4, 5, IGNORE_INDEX, 8])
+    return [(linear_cross_entropy, (hidden, weight, labels, precision, 3, False, learns))]
+
+
+CALLS = [
+    *(call for identities in (False, True) for ring in (False, True) for call in contrastive(identities, ring)),
+    *(call for ring in (False, True) for call in sigmoid(ring)),
+    *(call for dtype in (torch.float32, torch.bfloat16) for learns in (False, True) for call in caption(dtype, learns)),
+]
+
+
+@pytest.mark.parametrize(("operator", "given"), CALLS, ids=[call[0]._name for call in CALLS])
+def test_nothing_inside_an_operator_of_a_loss_makes_the_host_wait(operator, given):
+    mode = Waiting()
+    with mode:
+        found = operator._init_fn(*given)  # the function that was made an operator
+    assert not mode.found
+    for mine, theirs in zip(found, operator(*given), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_no_operator_is_left_out():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmpretrain::")}
+    assert {f"mmpretrain::{call[0]._name}" for call in CALLS} == names
+
+
+def test_the_watch_sees_the_choice_of_rows_that_a_cpu_makes():
+    [(operator, given)] = caption(torch.float32, True)
+    mode = Waiting()
+    with mode:
+        operator._init_fn(*given[:5], True, True)
+    assert mode.found["nonzero"] == 1
+
+
+def learnt(kind: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A loss made by its operator, with its backward pass still to run."""
+    calls = {
+        "contrastive": contrastive(True, False),
+        "sigmoid": sigmoid(False),
+        "caption": caption(torch.float32, True),
+    }
+    operator, given = calls[kind][0]
+    learns = [x.requires_grad_() for x in given[: 2 if kind == "caption" else 3]]
+    return operator(*given)[0], learns
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "sigmoid", "caption"])
+def test_no_backward_pass_of_an_operator_makes_the_host_wait(kind):
+    loss, learns = learnt(kind)
+    mode = Waiting()
+    with mode:
+        loss.backward()
+    assert not mode.found and all(x.grad is not None for x in learns)
 
 
 class Refused(Callback):
