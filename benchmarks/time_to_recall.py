@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
 }
 BATCH = 256
 OURS = "experiment=openmoji_clip trainer.max_steps=80 callbacks.checkpoint_every_n_steps=10"
-PEER = "--lr 1e-3 --wd 0.2 --warmup 20 --grad-clip-norm 1.0 --force-patch-dropout 0.5 --workers 1"
+PEER = "--lr 1e-3 --wd 0.2 --warmup 20 --grad-clip-norm 1.0 --force-patch-dropout 0.5 --force-context-length 24 --workers 1"
 LAUNCH = """
 import sys, open_clip
 open_clip.add_model_config(sys.argv[1])

@@ -46,7 +46,7 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     assert status == 1
     assert "**loader** gave no result: it broke." in text
     assert "| `accumulation` | row of accumulation | 300 samples/s | 100 samples/s (peer) | **3x** | 2.5x |" in text
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d-[a-z0-9-]+-cores\.md", page.name)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-[a-z0-9-]+-cores-image_path-loader-accumulation\.md", page.name)
     assert "loader gave no result" in capsys.readouterr().err
 
 
