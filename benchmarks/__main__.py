@@ -31,7 +31,7 @@ SET: dict[str, list[str]] = {
     "train_step": [],
     "contrastive_memory": [],
     "accumulation": [],
-    "time_to_recall": [],
+    "time_to_recall": ["--epochs", "8"],
 }
 OTHERS = ("shard_reader", "checkpoint")  # with --only
 RESULTS = Path(__file__).with_name("results")
