@@ -23,10 +23,10 @@ learning:  ## only the tests that train a small model and check that it learned
 faults:  ## the long form of every fault: kills, signals, mutations, hostile input (over an hour)
 	@grep -lE '^def main' tests/faults/*.py | sort | while read -r file; do $(PYTHON) -m "tests.faults.$$(basename "$$file" .py)" || exit 1; done
 
-bench:  ## the CPU benchmarks beside the peers, under 20 minutes (pip install -e '.[bench]')
+bench:  ## the CPU benchmarks beside the peers, about 20 minutes (pip install -e '.[bench]')
 	@$(PYTHON) -m benchmarks
 
-bench-gpu:  ## the GPU benchmarks, under 9 minutes on an H100 (pip install -e '.[bench,bench-gpu]')
+bench-gpu:  ## the GPU benchmarks, at most 9 minutes (pip install -e '.[bench,bench-gpu]')
 	@$(PYTHON) -m benchmarks.gpu
 
 docs:  ## build the documentation into site/

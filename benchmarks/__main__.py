@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks._harness import OURS, markdown, note
 
-# Name -> arguments that keep the whole set under 20 minutes on two cores.
+# Name -> arguments that keep the whole set at about 20 minutes on two cores.
 SET: dict[str, list[str]] = {
     "image_path": [],
     "loader": [],
