@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -103,6 +106,7 @@ def serve(side: str, shards: str, batch: int, workers: int) -> None:
     running: Iterator[tuple[Any, Any]] | None = None
     for line in sys.stdin:
         request = json.loads(line)
+        signal_workers(signal.SIGCONT)
         if request["do"] == "check":
             found = epoch(SIDES[side](shards, "center", batch, workers, 1), lambda name: hash_of(name) == 0)
             np.savez(request["file"], names=list(found), **{n: p for n, p in found.items() if p is not None})
@@ -115,7 +119,17 @@ def serve(side: str, shards: str, batch: int, workers: int) -> None:
         while count % workers or time.perf_counter() - start < request["seconds"]:
             next(running)
             count += 1
-        print(json.dumps(count * batch / (time.perf_counter() - start)), file=answers)
+        rate = count * batch / (time.perf_counter() - start)
+        signal_workers(signal.SIGSTOP)
+        print(json.dumps(rate), file=answers)
+    signal_workers(signal.SIGCONT)  # so that they can be ended
+
+
+def signal_workers(number: signal.Signals) -> None:
+    """Send a signal to the loader's worker processes."""
+    for worker in multiprocessing.active_children():
+        if worker.pid is not None:
+            os.kill(worker.pid, number)
 
 
 def hash_of(name: str) -> int:
