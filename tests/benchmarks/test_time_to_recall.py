@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.time_to_recall import Point, plan, reached, recall
+from benchmarks.time_to_recall import Point, compared_at, plan, reached, recall
 
 
 def test_recall_is_the_share_of_captions_nearest_to_their_own_picture():
@@ -21,8 +21,13 @@ def test_the_time_is_that_of_the_first_checkpoint_that_is_as_good():
     points = [Point(10, 0.1), Point(20, 0.3), Point(30, 0.2), Point(40, 0.5)]
     assert reached(points, 0.3) == 20
     assert reached(points, 0.31) == 40
-    with pytest.raises(SystemExit, match=r"never reached the peer's final recall@1 of 60\.0%"):
-        reached(points, 0.6)
+
+
+def test_curves_are_compared_at_the_peers_last_recall_or_where_ours_ends() -> None:
+    ours = [Point(10, 0.1), Point(20, 0.5)]
+    assert compared_at(ours, [Point(5, 0.6), Point(80, 0.4)]) == (0.4, "open_clip's last")
+    level, which = compared_at(ours, [Point(40, 0.3), Point(80, 0.6)])
+    assert level == 0.5 and "never reached" in which and "60.0%" in which
 
 
 def test_as_many_epochs_as_fit_behind_the_start():
