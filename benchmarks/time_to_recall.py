@@ -11,8 +11,8 @@ its own library, and ranks them.
 
 The two recipes differ, see the note under the table. open_clip's is AdamW with betas 0.9 and 0.98, cosine, bfloat16
 autocast, and what suits a short run: a higher rate, warm-up of 20 steps, gradients clipped, the patch dropout of ours.
-`--peer "--lr 2e-3 ..."` and
-`--ours "trainer.max_steps=100 ..."` try others; `--only peer --epochs 5` prints the curve of one side.
+`--peer "--lr 2e-3 ..."` and `--ours "experiment=... optimizer.lr=..."` try others; `--only peer --epochs 5` prints the
+curve of one side.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 3},
 }
 BATCH = 256
-OURS = "experiment=openmoji_clip trainer.max_steps=150 callbacks.checkpoint_every_n_steps=10"
+OURS = "experiment=openmoji_clip callbacks.checkpoint_every_n_steps=10"
 PEER = "--lr 1e-3 --wd 0.2 --warmup 20 --grad-clip-norm 1.0 --force-patch-dropout 0.5 --workers 1"
 LAUNCH = """
 import sys, open_clip
@@ -191,12 +191,14 @@ def main() -> None:
     made = harness.parser(__doc__, rounds=1)
     made.add_argument("--minutes", type=float, default=4, help="how long open_clip trains")
     made.add_argument("--epochs", type=int, help="epochs of open_clip instead of --minutes")
+    made.add_argument("--steps", type=int, default=150, help="steps of ours")
     made.add_argument("--ours", default=OURS, help="overrides of mmpretrain train")
     made.add_argument("--peer", default=PEER, help="options of open_clip_train.main")
     made.add_argument("--only", choices=["ours", "peer"], help="print the curve of one side and stop")
     given = made.parse_args()
     import torch
 
+    options = f"{given.ours} trainer.max_steps={given.steps}"
     torch.set_num_threads(given.threads)
     shards, held, samples = data()
     times: dict[str, list[float]] = {"ours": [], "peer": []}
@@ -219,7 +221,7 @@ def main() -> None:
                 wanted = curves["peer"][-1].recall
             if given.only != "peer":
                 harness.note(f"time_to_recall: ours, to recall@1 of {wanted:.1%}")
-                saved = train_ours(shards, given.ours, place / "ours")
+                saved = train_ours(shards, options, place / "ours")
                 curves["ours"] = curve(saved, partial(embed_ours, held=held, folder=place / "ours"))
                 harness.note(f"time_to_recall: ours: {[tuple(point) for point in curves['ours']]}")
             if given.only:
@@ -248,7 +250,7 @@ def main() -> None:
         "rounds": given.rounds,
         "training pictures": samples,
         "batch": BATCH,
-        "mmpretrain": f"`{given.ours}`",
+        "mmpretrain": f"`{options}`",
         "open_clip": f"`{given.peer}`",
         "webdataset of open_clip": _peer.WEBDATASET,
     }
