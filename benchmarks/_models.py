@@ -24,6 +24,7 @@ from mmpretrain.encoders.image import ImageEncoder, SharedAttentionPool
 from mmpretrain.encoders.text import TextEncoder
 from mmpretrain.fusion.cross_attention import CrossAttentionFusion
 from mmpretrain.heads import CaptionHead
+from mmpretrain.interop.names import Entry
 from mmpretrain.losses import ContrastiveLoss, PredictionLoss
 from mmpretrain.model import MultimodalModel
 from mmpretrain.types import Batch
@@ -98,9 +99,11 @@ def configuration(name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def rules(config: Mapping[str, Any]) -> list[_open_clip.Rule]:
+def rules(config: Mapping[str, Any]) -> list[Entry]:
     """Choose the table of names that fits."""
-    return _open_clip.COCA if "multimodal_cfg" in config else _open_clip.CLIP
+    if "multimodal_cfg" not in config:
+        return _open_clip.CLIP
+    return _open_clip.coca(config["vision_cfg"]["width"] == config["embed_dim"])
 
 
 def build_peer(config: Mapping[str, Any], seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import sys
@@ -25,14 +26,37 @@ from mmpretrain.errors import (
 USAGE = """usage: mmpretrain COMMAND ...
 
   mmpretrain train [key=value ...]                        train (without arguments: a demo of a few minutes)
-  mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate a saved model zero-shot
+  mmpretrain evaluate checkpoint=PATH [key=value ...]     evaluate saved models: zero-shot, on a benchmark
   mmpretrain plan [key=value ...]                         predict memory, speed and GPU hours of a training
   mmpretrain shards write SOURCE OUT | list PATH          make shards, or see what is in them
   mmpretrain shards check PATH... | index PATH...         find what is wrong with them, or index them
   mmpretrain reproduce RUN                                run a run again and compare
   mmpretrain diff RUN1 RUN2                               what differs between two runs
+  mmpretrain interpolate A B OUT --alpha 0.5              a model between two of the same architecture
+  mmpretrain forgetting BEFORE AFTER --old METRIC         what fine-tuning gained, and what it cost
+  mmpretrain convert SOURCE OUT                           weights of open_clip, OpenAI, transformers, into a folder
+  mmpretrain export FORMAT MODEL OUT                      a model for open_clip, transformers, timm, ONNX, torch
+  mmpretrain embed MODEL SOURCE OUT                       embeddings of a folder, a table or shards, as files
+  mmpretrain search INDEX TEXT                            what of them is nearest to a text or a picture
+  mmpretrain card MODEL                                   write or check what a model must still be when loaded
+  mmpretrain push MODEL ORG/NAME                          a model and its model card to the Hugging Face hub
 
 `mmpretrain COMMAND --help` says more."""
+
+PROGRAMS = {
+    "shards": ("mmpretrain.shards_cli", "main"),
+    "reproduce": ("mmpretrain.reproduce", "main"),
+    "diff": ("mmpretrain.diff", "main"),
+    "interpolate": ("mmpretrain.interpolation", "main"),
+    "forgetting": ("mmpretrain.forgetting", "main"),
+    "convert": ("mmpretrain.convert_cli", "main"),
+    "export": ("mmpretrain.export_cli", "main"),
+    "embed": ("mmpretrain.embed_cli", "main"),
+    "search": ("mmpretrain.search_cli", "main"),
+    "card": ("mmpretrain.model_cli", "card"),
+    "push": ("mmpretrain.model_cli", "push"),
+}
+"""Commands with arguments of their own: where the function is that takes them. It is imported when it is called."""
 
 BRACES = re.compile(r"^([^='\"]+)=((?!\{\w+:)[^='\"\[]*\{\d+\.\.\d+\}[^'\"\]]*)$")
 """An override whose value has a numeric brace range and no quotes of its own."""
@@ -42,6 +66,7 @@ HARMLESS = (
     "Checkpoint directory .* exists and is not empty",  # a resumed run
     ".*does not have many workers",  # decided in the config
     ".*your dataloader is not resumable",  # ours begins at the step it is resumed from
+    "Found .* in eval mode at the start of training",  # frozen encoders
 )
 """Warnings of libraries that a user can do nothing about."""
 
@@ -49,14 +74,8 @@ HARMLESS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (see `mmpretrain.errors`), 130 where Ctrl-C had nothing to save."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "plan": _plan,
-        "shards": _shards,
-        "reproduce": _reproduce,
-        "diff": _diff,
-    }
+    composed = {"train": _train, "evaluate": _evaluate, "plan": _plan}
+    commands = [*composed, *PROGRAMS]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -72,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message)
     try:
-        return commands[arguments[0]](arguments[1:])
+        if arguments[0] in composed:
+            return composed[arguments[0]](arguments[1:])
+        module, function = PROGRAMS[arguments[0]]
+        return int(getattr(importlib.import_module(module), function)(arguments[1:]))
     except (InputError, OSError) as error:  # an OSError names its file: missing, unreadable, full disk
         return _fail(str(error))
     except Preempted as stop:
@@ -91,24 +113,6 @@ def _fail(message: str, status: int = EXIT_INPUT) -> int:
     kind = "" if status == EXIT_PREEMPTED else "error: "
     print(f"mmpretrain: {kind}{message}", file=sys.stderr)
     return status
-
-
-def _shards(arguments: list[str]) -> int:
-    from mmpretrain.shards_cli import main as shards
-
-    return shards(arguments)
-
-
-def _reproduce(arguments: list[str]) -> int:
-    from mmpretrain.reproduce import main as reproduce
-
-    return reproduce(arguments)
-
-
-def _diff(arguments: list[str]) -> int:
-    from mmpretrain.diff import main as diff
-
-    return diff(arguments)
 
 
 def _train(arguments: list[str]) -> int:

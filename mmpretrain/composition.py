@@ -32,11 +32,12 @@ COMMAND_LINE_ONLY = ("callbacks", "hydra_logging", "job.env_set", "job_logging",
 
 
 def register_resolvers() -> None:
-    """Make `${run_id:}`, `${cpu_count:}`, `${cpu_precision:}` and `${openmoji_root:}` known to OmegaConf."""
+    """Make `${run_id:}`, `${cpu_count:}`, `${cpu_precision:}` and where data sets are (`${openmoji_root:}`) known."""
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
     OmegaConf.register_new_resolver("cpu_count", _cpu_count, replace=True)
     OmegaConf.register_new_resolver("cpu_precision", _cpu_precision, replace=True)
     OmegaConf.register_new_resolver("openmoji_root", _openmoji_root, replace=True)
+    OmegaConf.register_new_resolver("fashion_mnist_root", _fashion_mnist_root, replace=True)
 
 
 def _cpu_count() -> int:
@@ -60,6 +61,12 @@ def _openmoji_root() -> str:
     from mmpretrain.datasets.openmoji import default_root
 
     return str(default_root())
+
+
+def _fashion_mnist_root() -> str:
+    from mmpretrain.datasets.fashion_mnist import default_out
+
+    return str(default_out())
 
 
 def check_given(config_name: str, arguments: Sequence[str]) -> None:

@@ -80,8 +80,10 @@ MODEL_TARGETS = (
     "mmpretrain.fusion.",
     "mmpretrain.heads.",
     "mmpretrain.model.",
+    "mmpretrain.data.naflex.",
     "mmpretrain.data.preprocess.",
     "mmpretrain.data.tokenizer.",
+    "timm.models.byobnet.ByoBlockCfg",  # a record: the sizes of one stage of a ResNet
     "torch.nn.modules.",
 )
 """Where the classes live that a saved model, perhaps a stranger's, may be built of."""

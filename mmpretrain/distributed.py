@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -44,6 +47,28 @@ def leave() -> None:
     """End the process group on every rank, so that what follows runs on each rank alone."""
     if is_distributed():
         dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str | torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun announces in the environment, for the `with` block; gives this rank's device.
+
+    A CPU joins by gloo, `cuda` by NCCL too, with one GPU for each local rank. Alone, or where a group is up already,
+    nothing is joined. The others may wait two hours: rank 0 alone builds data sets.
+    """
+    place, ranks = torch.device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized() or ranks < 2 or "RANK" not in os.environ:
+        yield place
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        yield place
+    finally:
         dist.destroy_process_group()
 
 
@@ -100,6 +125,11 @@ def gather_objects(value: Any) -> list[Any]:
     sizes = gather_uneven(torch.tensor([len(data)], device=data.device)).tolist()
     parts = torch.split(gather_uneven(data).cpu(), sizes)
     return [json.loads(part.numpy().tobytes()) for part in parts]
+
+
+def of_rank_zero(value: Any) -> Any:
+    """Give every rank what rank 0 passes, a value that JSON can hold; it went through JSON."""
+    return gather_objects(value if rank() == 0 else None)[0]
 
 
 def _device() -> torch.device:

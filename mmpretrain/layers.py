@@ -216,7 +216,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """Pool tokens with every query."""
-        query = self.query_norm(self.query).expand(len(context), -1, -1)
+        query = self.query_norm(self.query).expand(context.shape[0], -1, -1)
         return self.attention(query, self.context_norm(context))  # type: ignore[no-any-return]
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpretrain.errors import InputError
-from mmpretrain.types import Batch, Encoded, Outputs, Padded, Prediction
+from mmpretrain.types import Batch, Encoded, LayeredEncoder, LayerInfo, MapEncoder, Outputs, Padded, Prediction
 
 
 class MultimodalModel(nn.Module):
@@ -79,14 +80,45 @@ class MultimodalModel(nn.Module):
 
     def _encode(self, modality: str, values: Padded | Tensor) -> Encoded:
         # The public methods do not call each other: FSDP gathers parameters around each, and cannot be nested.
-        if modality not in self.encoders:
-            raise InputError(f"no encoder for {modality!r}; this model has {', '.join(self.encoders)}")
         padded = values if isinstance(values, Padded) else Padded(values)
-        encoder = self.encoders[modality]
+        encoder = self._encoder(modality)
         # Only an encoder that asks for it is told what the host knows of the lengths; others need only tensors.
         known = (padded.lengths,) if getattr(encoder, "skips_padding", False) else ()
         encoded: Encoded = encoder(padded.values, padded.mask, *known)
         return encoded
+
+    def encode_layers(
+        self, modality: str, values: Padded | Tensor, layers: Sequence[int] = (-1,), norm: bool = False
+    ) -> list[Encoded]:
+        """Run one encoder up to the highest of `layers`: what each gives, counted from 0, or from -1 at the end.
+
+        `norm` applies the encoder's final norm to each. Tokens (B,N,D) are those of patches or ids alone; `pooled` is
+        the class token, or as the encoder defines it. Raises `InputError` for an encoder without layers, or too few.
+        """
+        padded = values if isinstance(values, Padded) else Padded(values)
+        return self._layered(modality).encode_layers(padded.values, padded.mask, layers, norm)
+
+    def feature_maps(
+        self, modality: str, values: Padded | Tensor, layers: Sequence[int] = (-1,), norm: bool = False
+    ) -> list[Tensor]:
+        """Run one encoder up to the highest of `layers`, as `encode_layers`: maps (B,D,H,W), for dense tasks."""
+        encoder = self._layered(modality)
+        if not hasattr(encoder, "maps"):
+            raise InputError(f"the tokens of {modality!r} lie on no grid; use encode_layers")
+        return cast(MapEncoder, encoder).maps(values.values if isinstance(values, Padded) else values, layers, norm)
+
+    def feature_info(self, modality: str) -> list[LayerInfo]:
+        """List the layers of one encoder that `encode_layers` counts: name, width, pixels a token spans."""
+        return self._layered(modality).layer_info()
+
+    def _layered(self, modality: str) -> LayeredEncoder:
+        encoder = self._encoder(modality)
+        if not hasattr(encoder, "encode_layers"):  # not isinstance: a compiler cannot look into protocols
+            raise InputError(
+                f"the encoder of {modality!r} ({type(encoder).__name__}) gives no layers; write its encode_layers and "
+                "layer_info, or use encode"
+            )
+        return cast(LayeredEncoder, encoder)
 
     def embed(self, modality: str, values: Padded | Tensor) -> Tensor:
         """Embed a batch of one modality: (B,E) float32 unit vectors."""
@@ -110,6 +142,11 @@ class MultimodalModel(nn.Module):
             m: identity(p) for m, p in batch.items() if not p.values.is_floating_point() and p.values.ndim == 2
         }
         return Outputs(embeddings, self.logit_scale.exp(), self.logit_bias, predictions, identities)
+
+    def _encoder(self, modality: str) -> nn.Module:
+        if modality not in self.encoders:
+            raise InputError(f"no encoder for {modality!r}; this model has {', '.join(self.encoders)}")
+        return self.encoders[modality]
 
     def _project(self, modality: str, encoded: Encoded) -> Tensor:
         projected = self.projections[modality](encoded.pooled)

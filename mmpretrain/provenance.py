@@ -213,6 +213,15 @@ def _cpu() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def given_overrides() -> list[str]:
+    """Return the overrides of the command line, none outside of Hydra."""
+    if not HydraConfig.initialized():
+        return []
+    # As they were given: reading one would put in what its `${oc.env:NAME}` stands for.
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(overrides)
+
+
 def _command() -> dict[str, Any]:
     """Return the command line, Hydra's overrides in it, its further config folders, and where it was given."""
     found: dict[str, Any] = {
@@ -223,9 +232,7 @@ def _command() -> dict[str, Any]:
     }
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
-        # As they were given: reading one would put in what its `${oc.env:NAME}` stands for.
-        overrides: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-        found["overrides"] = masked_overrides(overrides)
+        found["overrides"] = masked_overrides(given_overrides())
         found["folder"] = hydra.runtime.cwd
         found["configs"] = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     return found

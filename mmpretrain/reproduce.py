@@ -13,6 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
 
 from mmpretrain.composition import register_resolvers
 from mmpretrain.data.cache import REMOTE, scheme_of
@@ -20,6 +21,7 @@ from mmpretrain.data.shards import Shard
 from mmpretrain.diff import Column, Samples, compare_logs, compare_samples
 from mmpretrain.distributed import run_id
 from mmpretrain.errors import EXIT_DONE, EXIT_FAILED, InputError
+from mmpretrain.initial import Source, check_identity, follow
 from mmpretrain.provenance import changes, comparable, hardware, packages, read
 from mmpretrain.secrets import HIDDEN, masked
 
@@ -63,6 +65,8 @@ def reproduce(run: Path, overrides: Sequence[str], rtol: float) -> int:
             print(f"mmpretrain: warning: {line}", file=sys.stderr)
         if not elsewhere:
             check_shards(recorded)
+        if recorded.get("init") and not any(o.startswith("init=") for o in given):
+            check_identity(run, _composed(again, command["configs"])[1])
         configs = [word for path in command["configs"] for word in ("--config-dir", path)]
         status = _train([*configs, *again, *given, f"run_dir={target}"])
     if status != EXIT_DONE or not _first_rank():
@@ -97,12 +101,16 @@ def differences(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Iterat
 
 def resolved(overrides: Sequence[str], configs: Sequence[str]) -> dict[str, Any]:
     """Compose the training config of the overrides as `mmpretrain train` would, resolved and without secrets."""
+    return dict(masked(_composed(overrides, configs)[0]))
+
+
+def _composed(overrides: Sequence[str], configs: Sequence[str]) -> tuple[DictConfig, list[Source]]:
     register_resolvers()
     GlobalHydra.instance().clear()
     further = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in configs)}]"] if configs else []
     with initialize_config_module("mmpretrain.configs", version_base="1.3"):
         config = compose("train", overrides=[*further, *overrides, "run_dir=."])
-    return dict(masked(config))
+    return config, follow(config, overrides)
 
 
 def check_shards(recorded: Mapping[str, Any]) -> None:

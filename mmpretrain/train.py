@@ -22,18 +22,21 @@ from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
 from mmpretrain.errors import InputError, LimitReached, Preempted, RunFailed
 from mmpretrain.evaluation import write_metrics
-from mmpretrain.heads import CaptionHead
+from mmpretrain.initial import check_identity, fill, follow, identity
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
-from mmpretrain.provenance import manifest, record
+from mmpretrain.provenance import given_overrides, manifest, record
 from mmpretrain.report import report_run
 from mmpretrain.runs import Run, check_checkpoint, open_run
 from mmpretrain.training.assembly import Assembly, assemble
+from mmpretrain.training.checks import check_tokenizer
 from mmpretrain.training.compilation import check_place, uncompiled
 from mmpretrain.training.csv_logger import MetricsCsv
 from mmpretrain.training.fsdp import full_state
+from mmpretrain.training.lora import Lora
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.preemption import Preemption, release
+from mmpretrain.training.remembered import remember_frozen
 from mmpretrain.training.workers import dead_worker
 from mmpretrain.types import Tokenizer
 
@@ -56,6 +59,7 @@ def train(config: DictConfig) -> dict[str, float]:
 
 def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict[str, float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    sources = follow(config, given_overrides())
     resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     build = partial(instantiate, allow=tuple(config.allow_targets))
     if not 0 <= config.seed < 2**32:
@@ -66,8 +70,16 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     check_tokenizer(model, tokenizer)
     arguments = {key: value for key, value in resolved["trainer"].items() if key not in STEP}
     step = {key: value for key, value in resolved["trainer"].items() if key in STEP}
+    original = fill(model, sources, tuple(config.allow_targets))
+    lora: Lora | None = None if config.finetune.lora is None else build(config.finetune.lora)
+    if lora is not None:
+        lora.attach(model)
+    if config.finetune.remember:
+        remember_frozen(model)
     module = training_module(config, model, step, build)
+    module.preserve(original)
     run = open_run(config)
+    check_identity(run.folder, sources)
     check_checkpoint(run, module, config.trainer.max_steps)
     config.run_dir = str(run.folder)  # what loggers and config.yaml see
     data: DataModule = build(config.data.module)
@@ -92,7 +104,8 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     if trainer.is_global_zero:
         run.start(config)
         stack.callback(run.end)
-        record(run.folder, manifest(config, data.shards, trainer.world_size), run.step)
+        described = manifest(config, data.shards, trainer.world_size)
+        record(run.folder, {**described, "init": identity(sources)}, run.step)
         for line in _beginning(run, data, trainer.world_size):
             print(line, file=sys.stderr)
     fit(trainer, module, data, run)
@@ -111,7 +124,7 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
         module.to(trainer.strategy.root_device)
         parts.evaluation.evaluate(trainer, module)
     with nullcontext() if parts.ema is None else parts.ema.applied(module.model):
-        return finish(config, run, trainer, parts)
+        return finish(config, run, trainer, parts, lora)
 
 
 def fit(trainer: lightning.Trainer, module: TrainingModule, data: DataModule, run: Run) -> None:
@@ -159,8 +172,13 @@ def training_module(
     )
 
 
-def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Assembly) -> dict[str, float]:
-    """Write model, metrics and report, on rank 0; the counts of data read and lost join the metrics."""
+def finish(
+    config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Assembly, lora: Lora | None = None
+) -> dict[str, float]:
+    """Write model, metrics and report, on rank 0; the counts of data read and lost join the metrics.
+
+    Adapters are merged into the model that is saved, and lie alone in the folder `adapter`.
+    """
     evaluation = parts.evaluation
     data: DataModule = trainer.datamodule  # type: ignore[attr-defined]
     module: Any = trainer.lightning_module
@@ -171,16 +189,23 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Asse
         final[f"train/{name}/samples"] = float(sizes.samples)
     final |= parts.data_log.totals()
     final["train/bad_steps"] = float(parts.guard.total)
-    state = full_state(module.model) if module.device_mesh is not None else {}
+    sharded = module.device_mesh is not None
+    state = full_state(module.model) if sharded else module.model.state_dict() if lora is not None else {}
     leave()
     if trainer.is_global_zero:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
         saved = {part: resolved[part] for part in ("model", "tokenizer")}
         model: MultimodalModel = module.model
-        if module.device_mesh is not None:  # sharded: the whole model is built anew
+        if lora is not None:
+            lora.save(run.folder / "adapter", state, config.init if isinstance(config.init, str) else None)
+            state = lora.merged(state)
+        if state:  # sharded, or with adapters: the plain model is built anew
             model = instantiate(config.model, allow=tuple(config.allow_targets))
             model.load_state_dict(state)
-        save(run.folder / "model", model, {**saved, "preprocess": resolved["data"]["preprocess"]})
+            model.to(trainer.strategy.root_device).eval()
+        described = {**saved, "preprocess": resolved["data"]["preprocess"]}
+        made_by = f"trained by mmpretrain, run {run.folder.name}"
+        save(run.folder / "model", model, described, made_by, tuple(config.allow_targets))
         try:
             if config.report:
                 pretrained = Pretrained(model, evaluation.preprocess, evaluation.tokenizer)
@@ -195,30 +220,6 @@ def finish(config: DictConfig, run: Run, trainer: lightning.Trainer, parts: Asse
 def loggers(built: Any) -> list[Logger]:
     """List the loggers of the config group besides the CSV file, which is always written."""
     return [value for value in (built or {}).values() if isinstance(value, Logger)]
-
-
-def check_tokenizer(model: MultimodalModel, tokenizer: Tokenizer) -> None:
-    """Raise `InputError` where the text encoder was built for another tokenizer."""
-    if "text" not in model.encoders:
-        return
-    for name, head in model.heads.items():
-        if isinstance(head, CaptionHead) and len(head.weight) != tokenizer.vocab_size:
-            raise InputError(
-                f"head {name!r} predicts {len(head.weight)} ids, the tokenizer has {tokenizer.vocab_size}; "
-                f"set model.heads.{name}.vocab_size={tokenizer.vocab_size}"
-            )
-    encoder = model.encoders["text"]
-    if getattr(encoder, "reads_padding", False) and getattr(tokenizer, "pad", "context_length") != "context_length":
-        raise InputError(
-            "the text encoder reads padding as text; set tokenizer.pad=context_length, or tokenizer=siglip"
-        )
-    for attribute in ("vocab_size", "eos_id", "context_length"):
-        want, got = getattr(encoder, attribute, None), getattr(tokenizer, attribute)
-        if want is not None and want != got:
-            raise InputError(
-                f"the text encoder has {attribute} {want}, the tokenizer {got}; "
-                f"set model.encoders.text.{attribute}={got}"
-            )
 
 
 def show(metrics: Mapping[str, float]) -> None:

@@ -108,6 +108,17 @@ class Encoded(NamedTuple):
     lengths: Lengths | None = None
 
 
+class LayerInfo(NamedTuple):
+    """One layer whose output an encoder can give: its name, its width D, and how many pixels a token spans (1: none).
+
+    timm's `feature_info` says the same as `module`, `num_chs` and `reduction`.
+    """
+
+    name: str
+    width: int
+    reduction: int
+
+
 class Prediction(NamedTuple):
     """A classification over a vocabulary that is not multiplied out.
 
@@ -130,6 +141,7 @@ class Outputs(NamedTuple):
     `predictions`: name of a head -> what it predicts.
     `identities`: modality -> (B,) int64, equal exactly where two rows carry the same token ids; only for modalities
     that are given as ids. A loss that counts coinciding captions as positives compares them, across ranks too.
+    `original`: what the frozen model that fine-tuning began with makes of the batch; only where a loss asks for it.
     """
 
     embeddings: dict[str, Tensor]
@@ -137,6 +149,7 @@ class Outputs(NamedTuple):
     logit_bias: Tensor | None
     predictions: dict[str, Prediction]
     identities: dict[str, Tensor]
+    original: Outputs | None = None
 
 
 @runtime_checkable
@@ -151,6 +164,27 @@ class Encoder(Protocol):
 
     def __call__(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
         """Encode a batch."""
+
+
+@runtime_checkable
+class LayeredEncoder(Protocol):
+    """An encoder that also gives the outputs of its inner layers, counted from 0, or from -1 at the end."""
+
+    def encode_layers(
+        self, values: Tensor, mask: Tensor | None = None, layers: Sequence[int] = (-1,), norm: bool = False
+    ) -> list[Encoded]:
+        """Encode a batch as each of `layers` gives it, with the encoder's final norm or without."""
+
+    def layer_info(self) -> list[LayerInfo]:
+        """List the layers."""
+
+
+@runtime_checkable
+class MapEncoder(LayeredEncoder, Protocol):
+    """A layered encoder whose tokens lie on a grid."""
+
+    def maps(self, values: Tensor, layers: Sequence[int] = (-1,), norm: bool = False) -> list[Tensor]:
+        """Encode a batch as each of `layers` gives it: (B,D,H,W)."""
 
 
 class Fusion(Protocol):

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 # The fork server imports the heavy packages once, so that each rank starts in milliseconds.
 multiprocessing.set_forkserver_preload(
-    ["torch", "timm", "mmpretrain.encoders", "mmpretrain.model", "mmpretrain.losses"]
+    ["torch", "timm", "mmpretrain.encoders", "mmpretrain.model", "mmpretrain.losses", "mmpretrain.evaluation"]
 )
 
 

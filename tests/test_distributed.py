@@ -75,6 +75,7 @@ def objects_and_flags() -> dict[str, object]:
     return {
         "objects": distributed.gather_objects({"rank": rank, "text": "ä" * rank, "none": None}),
         "empty": distributed.gather_objects([]),
+        "first": distributed.of_rank_zero([rank, object() if rank else "ö"]),
         "answers": answers,
         "votes": votes,
         "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
@@ -86,6 +87,7 @@ def test_ranks_share_objects_and_agree_on_flags(world_size):
     for result in run_ranks(objects_and_flags, world_size):
         assert result["objects"] == [{"rank": r, "text": "ä" * r, "none": None} for r in range(world_size)]
         assert result["empty"] == [[]] * world_size
+        assert result["first"] == [0, "ö"]
         assert result["answers"] == [False, False, False, True, False]  # told one boundary later, to all at once
         assert result["votes"] == [False, True, False]
         assert result["any"] == [True, False]
@@ -96,6 +98,8 @@ def test_one_process_agrees_with_itself_at_once():
     assert [agreement.at_step(False), agreement.at_step(True), agreement.now(True)] == [False, True, True]
     agreement.close()
     assert distributed.gather_objects({"step": (1, None)}) == [{"step": [1, None]}]
+    with distributed.joined("cpu") as device:  # nothing to join
+        assert device == torch.device("cpu") and not torch.distributed.is_initialized()
     assert distributed.any_rank(True) and not distributed.any_rank(False)
     with pytest.raises(TypeError):
         distributed.gather_objects(object())

@@ -72,7 +72,12 @@ def test_the_contract_of_clip_benchmark(folder):
 
 
 def test_files_are_tensors_and_text(folder):
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "golden.safetensors",
+        "identity.json",
+        "model.safetensors",
+    }
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert "logit_scale" in file.keys()  # noqa: SIM118 (not a dict)
 

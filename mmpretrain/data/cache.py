@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mmpretrain.data.download import Cancelled, Retry, download
+from mmpretrain.data.download import Cancelled, Refused, Retry, download
 from mmpretrain.data.redact import redact
 from mmpretrain.data.room import Part, claimed, reserve, touch
 from mmpretrain.errors import InputError
@@ -61,7 +61,7 @@ def fetch(
     one fetches, the others wait. The file has the server's modification time, where it tells one. It stays until
     shards used later need the room (see `room.limit`): call `fetch` again before opening a shard that was not
     used for a while. What is in the cache is trusted: give a changed shard a new name. Raises `InputError` if the
-    shard is missing or stays unreachable, `Cancelled` once `cancelled` is set.
+    shard is missing (`Refused` for a remote one) or stays unreachable, `Cancelled` once `cancelled` is set.
     """
     name = os.fspath(url)
     scheme = scheme_of(name)
@@ -112,7 +112,8 @@ def _fetch_into(target: Path, url: str, cancelled: threading.Event, most: int | 
                 part.path.replace(target)
     except InputError as error:
         # Not chained: the cause's own words may hold what was redacted here.
-        raise InputError(f"cannot fetch {redact(url)}: {error}") from None
+        kind = Refused if isinstance(error, Refused) else InputError
+        raise kind(f"cannot fetch {redact(url)}: {error}") from None
     except OSError as error:
         raise InputError(f"cannot write to the cache {folder} ({error}); set MMPRETRAIN_CACHE") from error
     if part is None and cancelled.is_set():

@@ -30,6 +30,10 @@ class Retry(NamedTuple):
     total: float = 7200.0  # for one shard
 
 
+class Refused(InputError):
+    """A remote file that is missing or forbidden: asking again is of no use."""
+
+
 class Cancelled(Exception):
     """Another thread asked for the end of a download."""
 
@@ -40,7 +44,8 @@ def download(
     """Write all of a remote file to `file`; returns its modification time in ns if the server tells.
 
     reserve: called with the size in bytes before anything is written. Raises `InputError` saying why it does not
-    work, `Cancelled` once `cancelled` is set. A resumed http download needs a server that gives a strong ETag.
+    work (`Refused` where it never will), `Cancelled` once `cancelled` is set. A resumed http download needs a server
+    that gives a strong ETag.
     """
     got = best = failures = 0
     version: str | None = None
@@ -75,7 +80,7 @@ def download(
             hopeless = failures >= retry.attempts or now + wait - moved > retry.patience
             if not can_get_better(error) or hopeless or now - begun > retry.total:
                 # Not chained: the cause's own words may hold what was redacted here.
-                raise InputError(_why(error, failures)) from None
+                raise (InputError if can_get_better(error) else Refused)(_why(error, failures)) from None
             if cancelled.wait(wait):
                 raise Cancelled from None
 

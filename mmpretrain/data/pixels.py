@@ -112,6 +112,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def converted(image: Image.Image) -> Image.Image:
+    """Any picture as RGB the way transformers 5 converts it: transparency on white, nothing turned, no range kept."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation (1 to 8), or 1 where it is absent, unknown or the EXIF block cannot be read."""
     try:

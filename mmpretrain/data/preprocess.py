@@ -6,40 +6,23 @@ Pixels stay uint8: the image encoder normalises them on its own device, so a qua
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmpretrain.data.pixels import Picture
+from mmpretrain.data.pixels import Picture, converted
+from mmpretrain.data.resize import RESAMPLING, Interpolation, centre, resized, shrunk
 from mmpretrain.errors import InputError
 
 Resize = Literal["crop", "squash", "pad"]
+Read = Literal["upright", "rgb", "stored"]
 
 CROP_TRIES = 10
 MAX_STRETCH = 40  # longest side of a scaled picture, in multiples of the crop, that is scaled whole
-
-
-def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (3,H,W) to (3,height,width) by antialiased bicubic; within 2 levels of Pillow's result.
-
-    torch rounds to uint8 after each direction as Pillow does, but has weights of 16 bits instead of 22: SIMD code that
-    is several times as fast. torch always scales rows first. Pillow from version 13 on begins with columns where the
-    height shrinks by over twice as many pixels as the width; another order would change a tenth of the pixels.
-    """
-    rows, columns = pixels.shape[1:]
-    if rows > height and rows - height > 2 * (columns - width):
-        pixels = _scaled(pixels, height, columns)
-    return _scaled(pixels, height, width)
-
-
-def _scaled(pixels: Tensor, height: int, width: int) -> Tensor:
-    if pixels.shape[1:] == (height, width):
-        return pixels
-    return F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def _check_size(image_size: int) -> None:
@@ -48,21 +31,44 @@ def _check_size(image_size: int) -> None:
 
 
 class Preprocess:
-    """A PIL image -> uint8 (3,S,S), the same every time: upright RGB, resized by antialiased bicubic.
+    """A PIL image -> uint8 (3,S,S), the same every time: upright RGB, resized by antialiased bicubic or bilinear.
 
-    `resize`: "crop" scales the shortest side to S and takes the centre (CLIP), "squash" scales both sides to
-    S (SigLIP), "pad" scales the longest side to S and centres it on black. Other values raise `InputError`.
+    `resize`: "crop" scales the shortest side to S and takes the centre (CLIP, open_clip's `shortest`), "squash" scales
+    both sides to S (SigLIP), "pad" scales the longest side to S and centres it on `fill` (open_clip's `longest`), a
+    grey level or (red, green, blue) from 0 to 255. Other values raise `InputError`.
     `exact`: PIL decodes and resizes, so scores compare to the bit with those of others; False is several times as
     fast, with pixels within 2 levels of those.
+    `read`: what a file is taken for. "upright" applies the EXIF orientation, puts transparency on white and keeps the
+    range of 16-bit grey. For pixels equal to another library's on every file, "rgb" only converts to RGB (transparency
+    on white), resizes and cuts out a centre rounded down (transformers 5), and "stored" resizes in the mode the file
+    has and then drops transparency (OpenAI CLIP, open_clip): both leave pictures turned, and need `exact`.
     """
 
-    def __init__(self, image_size: int, resize: Resize = "crop", exact: bool = True) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        resize: Resize = "crop",
+        exact: bool = True,
+        interpolation: Interpolation = "bicubic",
+        fill: int | Sequence[int] = 0,
+        read: Read = "upright",
+    ) -> None:
         _check_size(image_size)
-        if resize not in get_args(Resize):
-            raise InputError(f"resize={resize!r}; expected one of {', '.join(get_args(Resize))}")
+        for name, value, kind in (
+            ("resize", resize, Resize),
+            ("interpolation", interpolation, Interpolation),
+            ("read", read, Read),
+        ):
+            if value not in get_args(kind):
+                raise InputError(f"{name}={value!r}; expected one of {', '.join(get_args(kind))}")
+        if read != "upright" and not exact:
+            raise InputError(f"read={read!r} is how PIL reads a file; set exact=true, or read=upright")
         self.image_size = image_size
         self.resize = resize
         self.exact = exact
+        self.interpolation = interpolation
+        self.fill = _fill(fill)
+        self.read = read
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
         """Resize one picture; `generator` is ignored (it is there so that `Augment` fits the same place)."""
@@ -70,25 +76,60 @@ class Preprocess:
 
     def from_picture(self, picture: Picture, generator: torch.Generator | None = None) -> Tensor:
         """Resize one opened picture, as a call does."""
-        size, sides = self.image_size, (picture.width, picture.height)
+        if self.read == "stored":
+            kept = self._kept(picture.decoded())
+        elif self.read == "rgb":
+            kept = self._kept(converted(picture.decoded()))
+        elif self.exact or self._stretched(picture.width, picture.height):
+            kept = self._kept(picture.rgb())
+        else:
+            return self._approximate(picture)
+        return torch.from_numpy(np.array(kept.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+    def _kept(self, image: Image.Image) -> Image.Image:
+        """Resize a PIL image of any mode to (S,S)."""
+        size, sides = self.image_size, image.size
         width, height = self._scaled(*sides)
-        left, top = (_centre(new, size) for new in (width, height))
-        if max(width, height) > MAX_STRETCH * size:
+        left, top = (centre(new, size, self.read == "rgb") for new in (width, height))
+        method = RESAMPLING[self.interpolation]
+        if self._stretched(*sides):
             # A long thin picture scaled whole could need any amount of memory. Only the part that is kept is scaled,
             # whose pixels differ a little from those of the whole.
             box = []
             for start, side, new in zip((left, top), sides, (width, height), strict=True):
                 box.append((start * side / new, min((start + size) * side / new, float(side))))
             (x0, x1), (y0, y1) = box
-            kept = picture.rgb().resize((size, size), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-        elif self.exact:
-            scaled = picture.rgb().resize((width, height), Image.Resampling.BICUBIC)
-            kept = scaled.crop((left, top, left + size, top + size))  # black where that is outside
-        else:
-            pixels = resized(picture.pixels(min(sides[0] / width, sides[1] / height)), height, width)
-            # a negative number of pixels to add takes pixels away
-            return F.pad(pixels, (-left, left + size - width, -top, top + size - height)).contiguous()
-        return torch.from_numpy(np.array(kept)).permute(2, 0, 1).contiguous()
+            return image.resize((size, size), method, box=(x0, y0, x1, y1))
+        scaled = image.resize((width, height), method)
+        if min(width, height) >= size:
+            return scaled.crop((left, top, left + size, top + size))
+        if image.mode != "RGB":  # what a number stands for depends on the mode: as open_clip takes it
+            from torchvision.transforms import functional
+
+            border = [-left, -top, size - width + left, size - height + top]
+            padded: Image.Image = functional.pad(scaled, border, fill=self.fill)
+            return padded
+        canvas = Image.new("RGB", (size, size), self._colour())
+        canvas.paste(scaled, (-left, -top))
+        return canvas
+
+    def _approximate(self, picture: Picture) -> Tensor:
+        """Resize with torch; only here may the picture be decoded smaller."""
+        size, sides = self.image_size, (picture.width, picture.height)
+        width, height = self._scaled(*sides)
+        left, top = (centre(new, size) for new in (width, height))
+        pixels = resized(picture.pixels(min(sides[0] / width, sides[1] / height)), height, width, self.interpolation)
+        if min(width, height) >= size:
+            return pixels[:, top : top + size, left : left + size].contiguous()
+        canvas = torch.tensor(self._colour(), dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+        canvas[:, -top : height - top, -left : width - left] = pixels
+        return canvas
+
+    def _colour(self) -> tuple[int, int, int]:
+        return (self.fill, self.fill, self.fill) if isinstance(self.fill, int) else self.fill
+
+    def _stretched(self, width: int, height: int) -> bool:
+        return max(self._scaled(width, height)) > MAX_STRETCH * self.image_size
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """Return the size to which the whole picture is scaled; rounded as torchvision and open_clip round."""
@@ -105,12 +146,17 @@ class Preprocess:
         )
 
     def __repr__(self) -> str:
-        return f"Preprocess(image_size={self.image_size}, resize={self.resize!r}, exact={self.exact})"
+        return (
+            f"Preprocess(image_size={self.image_size}, resize={self.resize!r}, exact={self.exact}, "
+            f"interpolation={self.interpolation!r}, fill={self.fill}, read={self.read!r})"
+        )
 
 
-def _centre(side: int, size: int) -> int:
-    """Return where a window of `size` begins on a side; negative where it is longer than the side."""
-    return round((side - size) / 2) if side >= size else -((size - side) // 2)
+def _fill(fill: int | Sequence[int]) -> int | tuple[int, int, int]:
+    levels = [fill] if isinstance(fill, int) else list(fill)
+    if len(levels) not in (1, 3) or not all(type(level) is int and 0 <= level <= 255 for level in levels):
+        raise InputError(f"fill={fill!r}; expected a level from 0 to 255, or three of them (red, green, blue)")
+    return (levels[0], levels[1], levels[2]) if len(levels) == 3 else levels[0]
 
 
 class Augment:
@@ -202,9 +248,3 @@ class Augment:
             f"Augment(image_size={self.image_size}, scale={self.scale}, ratio={self.ratio}, "
             f"flip={self.flip}, color_jitter={self.color_jitter}, grayscale={self.grayscale})"
         )
-
-
-def shrunk(start: int, length: int, side: int, whole: int) -> tuple[int, int]:
-    """Return start and length of a crop on a side of `whole` pixels that was decoded to `side`."""
-    new = round(length * side / whole)
-    return min(round(start * side / whole), side - new), new

@@ -38,7 +38,7 @@ class Item(NamedTuple):
 def list_folder(folder: Path) -> list[Item]:
     """List the pictures below `folder`; `x.txt` and `x.json` beside `x.jpg` are its captions."""
     items = []
-    for picture in _pictures(folder):
+    for picture in find_pictures(folder):
         sidecars = {kind: picture.with_suffix(f".{kind}") for kind in ("txt", "json")}
         found = {kind: path for kind, path in sidecars.items() if path.is_file()}
         items.append(Item(_key_of(picture, folder), picture, {}, found))
@@ -53,7 +53,7 @@ def list_folder(folder: Path) -> list[Item]:
 def list_classes(folder: Path) -> tuple[list[Item], list[str]]:
     """List the pictures of a tree with one folder per class, and the class names in the order of their
     index."""
-    pictures = _pictures(folder)
+    pictures = find_pictures(folder)
     loose = [picture for picture in pictures if picture.parent == folder]
     if loose:
         raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/CLASS/picture, so move it into one")
@@ -77,9 +77,8 @@ def list_table(
     the row number is the key.
     """
     wanted = [image_column, *caption_columns, *([key_column] if key_column else [])]
-    rows = _parquet_rows(table, wanted) if table.suffix.lower() == ".parquet" else _text_rows(table, wanted)
     items = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows_of(table, wanted)):
         key = f"{number:09}" if key_column is None else _key(row[key_column], f"row {number + 1} of {table}")
         cell = row[image_column]
         image = cell if isinstance(cell, ParquetCell) else table.parent / str(cell or "")
@@ -87,6 +86,11 @@ def list_table(
     if not items:
         raise InputError(f"{table} has no rows; expected one picture per row")
     return _unique(items)
+
+
+def rows_of(table: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the wanted columns of a table's rows; bytes in parquet's first one stay in the file, as a `ParquetCell`."""
+    yield from _parquet_rows(table, wanted) if table.suffix.lower() == ".parquet" else _text_rows(table, wanted)
 
 
 def read_picture(image: Path | ParquetCell) -> bytes:
@@ -101,7 +105,8 @@ def read_picture(image: Path | ParquetCell) -> bytes:
     return value
 
 
-def _pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path) -> list[Path]:
+    """List the picture files below a folder, hidden ones left out; raises `InputError` where there is none."""
     hidden = (".", "__")  # webdataset skips folders called __x__, and nobody means .cache
     found = sorted(
         path

@@ -6,19 +6,18 @@ No tokenizer here starts threads (texts are encoded one by one), so forked data 
 from __future__ import annotations
 
 import gzip
-import html
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-import ftfy
 import regex  # type: ignore[import-untyped]
 import tokenizers
 import torch
 from tokenizers import models
 
+from mmpretrain.data.cleaning import CLEANERS, Clean, lower
 from mmpretrain.errors import InputError
 from mmpretrain.types import Lengths, Padded
 
@@ -39,7 +38,10 @@ class BaseTokenizer(ABC):
     are few, but never beyond `context_length`; "context_length" always pads to that. The lengths come along.
     A text that needs more than `context_length` ids is cut, keeps its end id, and is counted in `truncated`.
     Raises `InputError` for a `context_length` under 2, another `pad`, a `pad_multiple` under 1, and what is not text.
+    `vocabulary` is the file that decides the ids, None where none does.
     """
+
+    vocabulary: Path | None = None
 
     def __init__(
         self,
@@ -123,22 +125,16 @@ class ClipTokenizer(BaseTokenizer):
         if not 0 <= pad_id <= end:
             raise InputError(f"pad_id={pad_id}; expected an id from 0 to {end}")
         super().__init__(end + 1, context_length, start, end, pad_id, pad, pad_multiple)
+        self.vocabulary = CLIP_VOCABULARY
 
     def _encode(self, text: str, limit: int) -> list[int]:
-        words = CLIP_WORD.findall(_clean(text))[:limit]  # a word gives at least one id
+        words = CLIP_WORD.findall(lower(text))[:limit]  # a word gives at least one id
         return [i for word in words for i in _clip_word(word)]
 
     def _decode(self, ids: list[int]) -> str:
         symbols, _ = _clip()
         text = "".join(symbols[i] for i in ids).translate(CHARACTER_TO_BYTE)
         return text.encode("latin-1").decode("utf-8", errors="replace").replace("</w>", " ").strip()
-
-
-def _clean(text: str) -> str:
-    """Repair mis-decoded text, resolve HTML entities, join white space, lower the case."""
-    if not text.isascii() or not text.isprintable() or "&" in text:  # else there is nothing to repair
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
 
 
 # The vocabulary writes each byte as one visible character: itself, or the next one from U+0100 on.
@@ -188,8 +184,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
     """The tokenizer of a local `tokenizer.json` or of a folder with one; nothing is downloaded or executed.
 
     `eos_token`, `pad_token` and `start_token` (None = no start id) name tokens of its vocabulary. They are
-    put around each text here; what the file itself would add, cut or pad is left out. Raises `InputError`
-    for a file that cannot be read and a token it lacks.
+    put around each text here; what the file itself would add, cut or pad is left out. `clean` is done to each text
+    first: `whitespace` repairs it and joins white space, `lower` also lowers the case, `canonicalize` also takes
+    punctuation away (SigLIP); `lowercase` and `unpunctuated` are what transformers does for SigLIP 2 and SigLIP.
+    `strip_sep_token` writes id 0 where the end id would stand (CLIPA). Raises `InputError` for a file that cannot be
+    read and a token it lacks.
     """
 
     def __init__(
@@ -201,7 +200,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
         start_token: str | None = None,
         pad: Pad = "longest",
         pad_multiple: int = 8,
+        clean: Clean = "none",
+        strip_sep_token: bool = False,
     ) -> None:
+        if clean not in CLEANERS:
+            raise InputError(f"clean={clean!r}; expected one of {', '.join(CLEANERS)}")
+        self.clean, self.strip_sep_token = clean, strip_sep_token
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InputError(f"path={str(path)!r}: no file {file}; expected a tokenizer.json or a folder with one")
@@ -209,6 +213,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{file} is not a tokenizer.json ({error}); save it with Tokenizer.save") from error
+        self.vocabulary = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -229,8 +234,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
             raise InputError(f"{option}={token!r} is not in the vocabulary; its special tokens are {special}")
         return found
 
+    def _row(self, text: str) -> list[int]:
+        row = super()._row(text)
+        return [0 if i == self.eos_id else i for i in row] if self.strip_sep_token else row
+
     def _encode(self, text: str, limit: int) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(CLEANERS[self.clean](text), add_special_tokens=False).ids
         return ids
 
     def _decode(self, ids: list[int]) -> str:

@@ -10,9 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.encoders.layered import backbone_info, backbone_layers, gives_prefix
 from mmpretrain.errors import InputError
 from mmpretrain.layers import AttentionPool
-from mmpretrain.types import Encoded
+from mmpretrain.types import Encoded, LayerInfo
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,6 +72,21 @@ class SharedAttentionPool(nn.Module):
         return _encoded(queried[:, 0], queried[:, 1:])
 
 
+class ClassTokenPool(nn.Module):
+    """CoCa without poolers: the class token is the contrastive vector, the patches feed the decoder.
+
+    (B,1+M,width) -> tokens (B,M,width), pooled (B,width).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, tokens: Tensor) -> Encoded:
+        """Take the class token, which comes first, apart."""
+        return _encoded(tokens[:, 0], tokens[:, 1:])
+
+
 class ImageEncoder(nn.Module):
     """A timm backbone: (B,C,H,W) -> pooled (B,D), tokens (B,N,D).
 
@@ -100,6 +116,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.backbone = _create(name, dict(model_args or {}), pretrained)
         self.pool = pool
+        self._gives_prefix = gives_prefix(self.backbone)
         self.width: int = int(self.backbone.head_hidden_size if pool is None else pool.width)  # type: ignore[arg-type]
         # (x / 255 - mean) / std, folded into one multiplication and addition; not weights, so not saved.
         scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
@@ -123,6 +140,29 @@ class ImageEncoder(nn.Module):
         encoded: Encoded = self.pool(self._flatten(tokens))
         return encoded
 
+    def encode_layers(
+        self, values: Tensor, mask: Tensor | None = None, layers: Sequence[int] = (-1,), norm: bool = False
+    ) -> list[Encoded]:
+        """Encode (B,C,H,W) pixels as the backbone's blocks or stages `layers` give them, one `Encoded` each.
+
+        `tokens` (B,H*W,D) are those of patches alone, without class and register tokens; `pooled` is the class token,
+        or the average of the patches where there is none. Negative numbers count from the end; `norm` applies the
+        backbone's final norm, if it has one for tokens. Raises `InputError` for a layer there is not.
+        """
+        self._check(values)
+        found = backbone_layers(self.backbone, self.normalize(values), layers, norm, self._gives_prefix)
+        return [_encoded(pooled, features.flatten(2).transpose(1, 2)) for features, pooled in found]
+
+    def maps(self, values: Tensor, layers: Sequence[int] = (-1,), norm: bool = False) -> list[Tensor]:
+        """Encode (B,C,H,W) pixels as the blocks or stages `layers` give them: maps (B,D,H',W') (see `layer_info`)."""
+        self._check(values)
+        found = backbone_layers(self.backbone, self.normalize(values), layers, norm, self._gives_prefix)
+        return [features for features, _ in found]
+
+    def layer_info(self) -> list[LayerInfo]:
+        """List the blocks or stages that `encode_layers` and `maps` count."""
+        return backbone_info(self.backbone)
+
     def _flatten(self, tokens: Tensor) -> Tensor:
         """Turn a map (B,D,H,W), or (B,H,W,D) where timm says so, into tokens (B,H*W,D); leave tokens as they are."""
         if tokens.ndim != 4:
@@ -132,9 +172,9 @@ class ImageEncoder(nn.Module):
         return tokens.flatten(2).transpose(1, 2)
 
     def normalize(self, values: Tensor) -> Tensor:
-        """Scale and normalise uint8 (B,C,H,W) pixels; return float pixels as they are."""
+        """Scale and normalise uint8 (B,C,H,W) pixels; float pixels only get the encoder's dtype."""
         if values.dtype != torch.uint8:
-            return values
+            return values.to(self.scale.dtype)
         return torch.addcmul(self.shift, values.to(self.scale.dtype), self.scale)
 
     def _check(self, values: Tensor) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmpretrain.activation_checkpointing import checkpoint_activations
+from mmpretrain.encoders.layered import layer_indices
 from mmpretrain.errors import InputError
 from mmpretrain.layers import Block, KeyValueCache, init_transformer
 from mmpretrain.packing import Packing, check_lengths, known_lengths, pack_rows, packed_dtype, worth_packing
-from mmpretrain.types import Encoded, Lengths
+from mmpretrain.types import Encoded, LayerInfo, Lengths
 
 Pooling = Literal["eos", "last", "mean", "class_token"]
 
@@ -37,6 +39,9 @@ class TextEncoder(nn.Module):
 
     `class_mask="legacy"` reproduces released CoCa weights, whose mask for the class token is shifted by one position:
     the class token sees the first padding and not itself; such text must be padded to `context_length`.
+
+    `reads_padding`: a bidirectional encoder attends to padding as to text (MobileCLIP; `last` always does), so text
+    must be padded to `context_length`, and nothing is packed.
     """
 
     skips_padding = True
@@ -56,6 +61,7 @@ class TextEncoder(nn.Module):
         norm_eps: float = 1e-5,
         table_std: float | None = None,
         class_mask: Literal["exact", "legacy"] = "exact",
+        reads_padding: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -65,7 +71,9 @@ class TextEncoder(nn.Module):
             raise InputError(f"eos_id {eos_id} is outside the vocabulary of {vocab_size} ids; give the tokenizer's")
         self.vocab_size, self.context_length, self.width = vocab_size, context_length, width
         self.eos_id, self.causal, self.pooling, self.class_mask = eos_id, causal, pooling, class_mask
-        self.reads_padding = pooling == "last" or class_mask == "legacy"
+        if reads_padding and pooling == "class_token":
+            raise InputError("reads_padding=true with pooling=class_token; released weights need class_mask=legacy")
+        self.reads_padding = reads_padding or pooling == "last" or class_mask == "legacy"
         self._head_width = width // num_heads
         positions = context_length + (pooling == "class_token")
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -94,6 +102,29 @@ class TextEncoder(nn.Module):
         no row is empty. Without them a class token is masked, which is right for any mask; other causal encoders
         expect padding to come last.
         """
+        self._check(values, mask, lengths)
+        if not self.reads_padding and (self.causal or self.class_token is None):
+            lengths = known_lengths(mask, lengths)
+            if mask is not None and lengths is not None and worth_packing(mask, lengths):
+                return self._encode_packed(values, mask, lengths)
+        return self._encode_padded(values, mask, lengths, [len(self.blocks) - 1], norm=True)[0]
+
+    def encode_layers(
+        self, values: Tensor, mask: Tensor | None = None, layers: Sequence[int] = (-1,), norm: bool = False
+    ) -> list[Encoded]:
+        """Encode (B,L) ids as the blocks `layers` give them, one `Encoded` each, pooled as the last one is.
+
+        Negative numbers count from the end. `norm` applies the final norm to each (with `class_token`: to the pooled
+        vector alone). Raises as `forward`, and `InputError` for a block there is not.
+        """
+        self._check(values, mask, None)
+        return self._encode_padded(values, mask, None, layer_indices(layers, len(self.blocks)), norm)
+
+    def layer_info(self) -> list[LayerInfo]:
+        """List the blocks that `encode_layers` counts."""
+        return [LayerInfo(f"blocks.{index}", self.width, 1) for index in range(len(self.blocks))]
+
+    def _check(self, values: Tensor, mask: Tensor | None, lengths: Lengths | None) -> None:
         if values.ndim != 2 or values.shape[1] > self.context_length:
             raise InputError(
                 f"text has shape {tuple(values.shape)} but the encoder was built for (B, up to {self.context_length}); "
@@ -105,11 +136,6 @@ class TextEncoder(nn.Module):
                 f"{self.context_length} positions; set tokenizer.pad=context_length"
             )
         check_lengths(values, mask, lengths)
-        if not self.reads_padding and (self.causal or self.class_token is None):
-            lengths = known_lengths(mask, lengths)
-            if mask is not None and lengths is not None and worth_packing(mask, lengths):
-                return self._encode_packed(values, mask, lengths)
-        return self._encode_padded(values, mask, lengths)
 
     def _encode_packed(self, values: Tensor, mask: Tensor, lengths: Lengths) -> Encoded:
         """Encode only what is real; a class token stands right behind its row, so the triangle alone is enough."""
@@ -118,30 +144,37 @@ class TextEncoder(nn.Module):
             mask, lengths, packed_dtype(self.position_embedding), self._head_width, self.causal, 1 if has_class else 0
         )
         x = self._embed_at(packing.pack(values), packing.place, ~packing.kept if has_class else None)
-        x = self._run(x, None, packing)
+        x = self._run(x, None, packing, [len(self.blocks) - 1])[0]
         if has_class:
             return Encoded(self.norm(x[packing.ends - 1]), packing.unpack(x), mask, lengths)
         tokens = packing.unpack(self.norm(x))
         return Encoded(self._pool(tokens, values, mask), tokens, mask, lengths)
 
-    def _encode_padded(self, values: Tensor, mask: Tensor | None, lengths: Lengths | None) -> Encoded:
+    def _encode_padded(
+        self, values: Tensor, mask: Tensor | None, lengths: Lengths | None, layers: Sequence[int], norm: bool
+    ) -> list[Encoded]:
+        """Encode with all padding, as the blocks `layers` (from 0) give it."""
         real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
         length = values.shape[1]
         if self.class_token is None:
             # Padding comes after the text, so a causal encoder needs no mask for it.
-            attended = None if self.causal or mask is None or self.pooling == "last" else real[:, None, None, :]
-            x = self._run(self._embed(values, 0), attended, None)
-            tokens = self.norm(x)
-            return Encoded(self._pool(tokens, values, real), tokens, real, lengths)
+            attended = None if self.causal or mask is None or self.reads_padding else real[:, None, None, :]
+            found = [self._normed(x, norm) for x in self._run(self._embed(values, 0), attended, None, layers)]
+            return [Encoded(self._pool(tokens, values, real), tokens, real, lengths) for tokens in found]
         ids = nn.functional.pad(values, (0, 1))
         place = torch.arange(length + 1, device=values.device).expand_as(ids)
         if self.causal and self.class_mask == "exact" and (mask is None or lengths is not None):
             at = real.sum(1)  # right behind the text, where the triangle alone lets it see all real tokens
-            x = self._run(self._embed_at(ids, place, place == at[:, None]), None, None)
-            pooled = x.gather(1, at[:, None, None].expand(-1, 1, self.width))[:, 0]
-            return Encoded(self.norm(pooled), x[:, :-1], real, lengths)
-        x = self._run(self._embed_at(ids, place, place == length), self._class_token_mask(real), None)
-        return Encoded(self.norm(x[:, -1]), x[:, :-1], real, lengths)
+            found = self._run(self._embed_at(ids, place, place == at[:, None]), None, None, layers)
+            pooled = [x.gather(1, at[:, None, None].expand(-1, 1, self.width))[:, 0] for x in found]
+        else:
+            seen = self._class_token_mask(real)
+            found = self._run(self._embed_at(ids, place, place == length), seen, None, layers)
+            pooled = [x[:, -1] for x in found]
+        return [
+            Encoded(self._normed(vector, norm), x[:, :-1], real, lengths)
+            for vector, x in zip(pooled, found, strict=True)
+        ]
 
     def start(self) -> TextState:
         """Begin step-by-step encoding with empty caches."""
@@ -185,16 +218,25 @@ class TextEncoder(nn.Module):
             mask[:, :-1] = seen[:-1]
         return mask[:, None]
 
-    def _run(self, x: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
+    def _run(self, x: Tensor, mask: Tensor | None, packing: Packing | None, layers: Sequence[int]) -> list[Tensor]:
+        """Run the blocks up to the highest of `layers`, and return what each of those gives (-1: what goes in)."""
         causal = self.causal and mask is None
-        for block in self.blocks:
+        found, last = {-1: x}, max(layers)
+        for index, block in enumerate(self.blocks):
+            if index > last:
+                break
             x = block(x, mask, causal, None, packing)
-        return x
+            if index in layers:
+                found[index] = x
+        return [found[index] for index in layers]
+
+    def _normed(self, x: Tensor, norm: bool) -> Tensor:
+        return self.norm(x) if norm else x
 
     def _pool(self, tokens: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         if self.pooling == "eos":
             first = ((ids == self.eos_id) & real).int().argmax(dim=1)
-            return tokens[torch.arange(len(tokens), device=tokens.device), first]
+            return tokens[torch.arange(tokens.shape[0], device=tokens.device), first]  # len() would fix it in an export
         if self.pooling == "last":
             return tokens[:, -1]
         weight = real.to(tokens.dtype).unsqueeze(-1)

@@ -1,18 +1,19 @@
-"""Captioning: how much a generated caption resembles those people wrote, by exact match and ROUGE-L."""
+"""Captioning: how much generated captions resemble those people wrote."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mmpretrain.distributed import rank, sum_over_ranks, world_size
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation.confidence import mean_interval, metric, wilson
-from mmpretrain.evaluation.embed import DataFactory, batches, device_of, evaluating, gather_json, len_of
+from mmpretrain.evaluation.caption_scores import CiderD, bleu_4, bleu_counts, exact_match, rouge_l
+from mmpretrain.evaluation.confidence import mean_interval, metric, resampled_interval, wilson
+from mmpretrain.evaluation.embed import DataFactory, batches, device_of, evaluating, gather_json, len_of, share
 from mmpretrain.evaluation.retrieval import captions_of
 from mmpretrain.types import Tokenizer
 
@@ -30,47 +31,13 @@ class Strategy(Protocol):
         """Generate one caption for each picture."""
 
 
-def words(text: str) -> list[str]:
-    """Split into lower-case runs of letters and digits, so spaces around punctuation do not matter."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def exact_match(caption: str, references: Sequence[str]) -> float:
-    """1.0 where the caption has the words of any reference, else 0.0; no words match nothing."""
-    own = words(caption)
-    return float(bool(own) and any(own == words(reference) for reference in references))
-
-
-def rouge_l(caption: str, references: Sequence[str]) -> float:
-    """Best F-measure over references of the longest common subsequence of words.
-
-    Precision is its share of the caption, recall its share of the reference; words are unstemmed. Source: Lin
-    2004, with beta = 1.
-    """
-    own = words(caption)
-    return max(_f_measure(own, words(reference)) for reference in references)
-
-
-def _f_measure(a: list[str], b: list[str]) -> float:
-    # lengths[j]: longest common subsequence of the words of `a` read so far and the first j words of `b`.
-    lengths = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            above = lengths[j]
-            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
-            diagonal = above
-    # precision = lcs/|a|, recall = lcs/|b|; their harmonic mean is 2 lcs / (|a| + |b|).
-    return 2 * lengths[-1] / (len(a) + len(b)) if lengths[-1] else 0.0
-
-
 class Captioning:
-    """Evaluator: `exact_match` and `rouge_l` of generated captions against those of the data set.
+    """Evaluator: `exact_match`, `rouge_l`, `bleu_4` and `cider` of generated captions against the data set's.
 
-    `strategy` decodes (default `mmpretrain.generation.greedy`). Intervals are Wilson's for exact match and a
-    bootstrap over pictures with a fixed seed for ROUGE-L. Chance is the score of each caption held against
-    the references of the next picture in the data set: what one gets for writing in the style of the data
-    without looking.
+    `strategy` decodes (default `mmpretrain.generation.greedy`). `cider` is CIDEr-D from 0 to 10, often reported times
+    100. Intervals are Wilson's for exact match and a bootstrap over pictures with a fixed seed for the others. Chance
+    is the score of each caption held against the references of the next picture in the data set: what one gets for
+    writing in the style of the data without looking.
     """
 
     def __init__(
@@ -99,20 +66,18 @@ class Captioning:
                 targets += found
         references = captions_of(gather_json(targets, count, device))
         captions = gather_json(written, count, device)
-        others = references[1:] + references[:1]
-        # Scoring is slow Python: each rank takes a share of pictures, and the sum fills in the others'.
-        scores = torch.zeros(4, count, device=device)
-        for i in range(rank(), count, world_size()):
-            for row, right in enumerate((references[i], others[i])):
-                scores[row, i] = exact_match(captions[i], right)
-                scores[2 + row, i] = rouge_l(captions[i], right)
-        matches, by_chance, rouge, rouge_by_chance = sum_over_ranks(scores).cpu().double()
-        hits = int(matches.sum())
-        return {
-            "images": float(count),
-            **metric("exact_match", hits / count, wilson(hits, count), float(by_chance.mean())),
-            **metric("rouge_l", float(rouge.mean()), mean_interval(rouge.tolist()), float(rouge_by_chance.mean())),
-        }
+        cider = CiderD(references)
+        own = _scores(captions, references, cider, device)
+        chance = _scores(captions, references[1:] + references[:1], cider, device)
+        results = {"images": float(count)}
+        for column, name in enumerate(("exact_match", "rouge_l", "cider")):
+            values = own[:, column]
+            # The first is a share of pictures, the others are means of scores.
+            interval = mean_interval(values.tolist()) if column else wilson(float(values.sum()), count)
+            results |= metric(name, float(values.mean()), interval, float(chance[:, column].mean()))
+        counts = own[:, 3:]
+        interval = resampled_interval(count, lambda drawn: bleu_4(counts[drawn]))
+        return results | metric("bleu_4", bleu_4(counts), interval, bleu_4(chance[:, 3:]))
 
     def _generate(self, pretrained: Pretrained, images: Tensor) -> list[str]:
         strategy = self.strategy
@@ -126,3 +91,18 @@ class Captioning:
                 f"the strategy wrote {len(captions)} captions for {len(images)} pictures; expected one each"
             )
         return captions
+
+
+def _scores(
+    captions: Sequence[str], references: Sequence[Sequence[str]], cider: CiderD, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """Score every caption: exact match, ROUGE-L, CIDEr-D and the ten counts of BLEU-4, (N,13).
+
+    This is slow Python: each rank scores its share.
+    """
+    mine = [(captions[i], references[i]) for i in share(len(captions))]
+    rows = [
+        [exact_match(*pair), rouge_l(*pair), cider.score(*pair), *(float(number) for number in bleu_counts(*pair))]
+        for pair in mine
+    ]
+    return np.array(gather_json(rows, len(captions), device), dtype=np.float64)

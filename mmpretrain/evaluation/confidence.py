@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mmpretrain.errors import InputError
+from mmpretrain.evaluation.output import write_whole
 
 Z95 = 1.959963984540054
 """Half-width of the central 95 % of a standard normal distribution."""
@@ -68,17 +67,29 @@ def class_recall_interval(hits: Sequence[int], counts: Sequence[int]) -> Interva
         found, missed = generator.multinomial(total, cells).reshape(2, -1)
         present = found + missed > 0
         means.append((found[present] / (found + missed)[present]).mean())
-    return _percentiles(means)
+    return percentiles(means)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Bootstrap interval of a mean of scores: percentiles over 1000 resamples with a fixed seed."""
     scores = np.asarray(values, dtype=np.float64)
+    return resampled_interval(len(scores), lambda drawn: float(scores[drawn].mean()))
+
+
+def resampled_interval(count: int, statistic: Callable[[npt.NDArray[np.int64]], float]) -> Interval:
+    """Bootstrap interval of any statistic of `count` samples, which is called with the indices of those drawn."""
+    return percentiles([statistic(drawn) for drawn in resamples(count)])
+
+
+def resamples(count: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Draw `count` indices below `count` with replacement, 1000 times, the same on every call and every rank."""
     generator = np.random.default_rng(SEED)
-    return _percentiles([scores[generator.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)])
+    for _ in range(RESAMPLES):
+        yield generator.integers(0, count, count)
 
 
-def _percentiles(means: Sequence[npt.NDArray[np.float64] | float]) -> Interval:
+def percentiles(means: Sequence[npt.NDArray[np.float64] | float]) -> Interval:
+    """Return the bounds of the central 95 % of what resampling gave."""
     low, high = np.quantile(np.asarray(means, dtype=np.float64), [0.025, 0.975])
     return Interval(float(low), float(high))
 
@@ -101,30 +112,20 @@ def metric(name: str, value: float, interval: Interval, chance: float) -> dict[s
     }
 
 
-def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
-    """Write metrics as JSON sorted by key, through a temporary file, so that `path` is never half written.
-
-    Raises `InputError` where a value is NaN or infinite: JSON cannot hold it, and it is never a result.
-    """
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise `InputError` where a value is NaN or infinite: JSON cannot hold it, and it is never a result."""
     wrong = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     if wrong:
         raise InputError(
             f"{', '.join(wrong)} not finite; expected numbers: look for NaN in the checkpoint's "
             "weights, or for overflow in half precision"
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(dict(metrics), file, indent=2, sort_keys=True, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            # A temporary file is private to its owner; metrics are as readable as the user's other files.
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(file.name).chmod(0o666 & ~umask)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+
+
+def write_metrics(path: str | Path, metrics: Mapping[str, float]) -> None:
+    """Write metrics as JSON sorted by key, through a temporary file, so that `path` is never half written.
+
+    Raises `InputError` where a value is NaN or infinite.
+    """
+    check_metrics(metrics)
+    write_whole(path, json.dumps(dict(metrics), indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -51,7 +51,7 @@ class ShardClassification(Dataset[tuple[Tensor, int]]):
         image: Callable[..., ImageField] = Image,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.samples = _Samples(shards, cache_dir)
+        self.samples = Samples(shards, cache_dir)
         self.image = image(transform=transform)
         self.label = JsonValue() if label is None else label
         self.classes = None if classes is None else list(classes)
@@ -95,7 +95,7 @@ class ShardCaptions(Dataset[tuple[Tensor, list[str]]]):
         image: Callable[..., ImageField] = Image,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.samples = _Samples(shards, cache_dir)
+        self.samples = Samples(shards, cache_dir)
         self.image = image(transform=transform)
         self.captions: CaptionField = JsonCaption() if captions is None else captions
 
@@ -112,7 +112,7 @@ class ShardCaptions(Dataset[tuple[Tensor, list[str]]]):
         return self.image(sample, torch.Generator().manual_seed(index)), captions
 
 
-class _Samples:
+class Samples:
     """The samples of several shards, numbered through."""
 
     def __init__(self, shards: str | Sequence[str], cache_dir: str | os.PathLike[str] | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,32 +19,43 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mmpretrain.distributed import gather_uneven, rank, world_size
 from mmpretrain.errors import InputError
-from mmpretrain.types import Tokenizer
+from mmpretrain.types import Padded, Tokenizer
 
 if TYPE_CHECKING:
     from mmpretrain.model import MultimodalModel
 
+Stack = Callable[[list[Tensor]], Any]
+"""What makes a batch of pictures, a tensor or `Padded`."""
 DataFactory = Callable[..., Dataset[Any]]
 """Called as `data(transform=preprocess)`: torchvision's data sets, a partial of one, or ours."""
 
 
 class Embedded(NamedTuple):
-    """A whole data set, on every rank: `embeddings` (N,E) float32 unit vectors, `targets` of length N."""
+    """A whole data set, on every rank: `embeddings` (N,E) float32, unit vectors if projected, `targets` of length N."""
 
     embeddings: Tensor
     targets: list[Any]
 
 
-def embed_images(model: MultimodalModel, data: Dataset[Any], batch_size: int = 256, num_workers: int = 0) -> Embedded:
+def embed_images(
+    model: MultimodalModel,
+    data: Dataset[Any],
+    batch_size: int = 256,
+    num_workers: int = 0,
+    projected: bool = True,
+) -> Embedded:
     """Embed every picture of `data`, whose items are `(image (3,H,W), target)`; JSON must hold the target.
 
-    The model runs in evaluation mode without gradients, under the autocast context of the caller. Raises
-    `InputError` where the data set is empty, has no length, or gives something else than such pairs.
+    Not `projected`: the encoder's pooled output before the projection, (N,D) and of any length. The model runs in
+    evaluation mode without gradients, under the autocast context of the caller. Raises `InputError` where the data
+    set is empty, has no length, or gives something else than such pairs.
     """
     device, rows, targets = device_of(model), [], []
     with evaluating(model):
-        for images, found in batches(data, batch_size, num_workers):
-            rows.append(model.embed("image", images.to(device)).float())
+        for images, found in batches(data, batch_size, num_workers, stacking(model)):
+            images = images.to(device)
+            made = model.embed("image", images) if projected else model.encode("image", images).pooled
+            rows.append(made.float())
             targets += found
     count = len_of(data)
     # Checked once gathered, so that every rank raises and none waits for the others.
@@ -74,15 +86,26 @@ def similarities(a: Tensor, b: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(before)
 
 
-def batches(data: Dataset[Any], batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Yield this rank's share of `data` as images (B,3,H,W) and their B targets."""
+def stacking(model: MultimodalModel) -> Stack:
+    """How pictures become a batch: on canvases where the image encoder takes any size, else stacked."""
+    from mmpretrain.data.naflex import on_canvas
+    from mmpretrain.encoders.naflex import NaFlexImageEncoder
+
+    encoder = model.encoders["image"]
+    return partial(on_canvas, patch_size=encoder.patch_size) if isinstance(encoder, NaFlexImageEncoder) else torch.stack
+
+
+def batches(
+    data: Dataset[Any], batch_size: int, num_workers: int, stack: Stack = torch.stack
+) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield this rank's share of `data` as images, (B,3,H,W) or what `stack` makes of them, and their B targets."""
     check_batch_size(batch_size)
     return iter(
         DataLoader(
             Subset(data, share(len_of(data))),
             batch_size=batch_size,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, stack=stack),
             # Without its own generator a loader draws from the global one: evaluation would alter training.
             generator=torch.Generator(),
         )
@@ -162,7 +185,7 @@ def check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size is {batch_size}; expected at least 1")
 
 
-def _collate(items: list[Any]) -> tuple[Tensor, list[Any]]:
+def _collate(items: list[Any], stack: Stack) -> tuple[Tensor | Padded, list[Any]]:
     images: list[Tensor] = []
     targets: list[Any] = []
     for item in items:
@@ -175,6 +198,6 @@ def _collate(items: list[Any]) -> tuple[Tensor, list[Any]]:
         images.append(item[0])
         # Labels that come as numpy or torch scalars become plain numbers.
         targets.append(item[1].item() if hasattr(item[1], "item") else item[1])
-    if len(shapes := {tuple(image.shape) for image in images}) > 1:
+    if stack is torch.stack and len(shapes := {tuple(image.shape) for image in images}) > 1:
         raise InputError(f"pictures of different shapes {sorted(shapes)}; expected one, as `transform` makes them")
-    return torch.stack(images), targets
+    return stack(images), targets

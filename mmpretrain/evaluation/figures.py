@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -31,6 +31,9 @@ _STYLES = ("-", "--", "-.", ":")  # lines differ by more than colour
 
 Points = tuple[Sequence[float], Sequence[float]]
 """Steps and the value at each."""
+
+Range = tuple[float, float, float]
+"""A value and the ends of its interval, which are the value itself where no interval is known."""
 
 
 def curves(series: Mapping[str, Points], name: str, label: str, from_zero: bool = False) -> str:
@@ -53,6 +56,47 @@ def curves(series: Mapping[str, Points], name: str, label: str, from_zero: bool 
         for text in axes.legend(frameon=False, fontsize=9, labelcolor=_INK).get_texts():
             text.set_parse_math(False)
     return _svg(figure, name, label)
+
+
+def scores(values: Mapping[str, Range], chance: float | None, name: str, label: str) -> str:
+    """Draw a value with its interval for each name of `values`, the first on top, and the chance level; returns SVG."""
+    figure, axes = _figure(4.4, 0.7 + 0.24 * len(values))
+    for number, (value, low, high) in enumerate(values.values()):
+        axes.plot((low, high), (-number, -number), color=_SERIES[0], linewidth=1.6)
+        axes.plot((value,), (-number,), "o", color=_SERIES[0], markersize=5)
+    _chance(axes.axvline, chance)
+    axes.yaxis.set_major_locator(FixedLocator([-number for number in range(len(values))]))
+    axes.set_yticklabels(list(values), color=_INK)
+    axes.set_ylim(0.6 - len(values), 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    return _svg(figure, name, label)
+
+
+def progress(runs: Mapping[str, Mapping[int, Range]], chance: float | None, name: str, label: str) -> str:
+    """Draw a value over steps with its interval as a band, a line per run, and the chance level; returns SVG."""
+    figure, axes = _figure(4.4, 2.5)
+    for number, (run, points) in enumerate(runs.items()):
+        colour, style = _SERIES[number % len(_SERIES)], _STYLES[number % len(_STYLES)]
+        values, lows, highs = zip(*points.values())
+        axes.fill_between(list(points), lows, highs, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(list(points), values, style, color=colour, marker="o", markersize=3, linewidth=1.6, label=run)
+    _chance(axes.axhline, chance)
+    axes.set_xlabel("step", color=_MUTED, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure, name, label)
+
+
+def _chance(line: Callable[..., Any], chance: float | None) -> None:
+    if chance is not None:
+        line(chance, color=_SERIES[1], linewidth=1.2, linestyle=":")
 
 
 def embedding_map(embeddings: Map, name: str, label: str) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mmpretrain.distributed import rank, sum_over_ranks, world_size
 from mmpretrain.errors import InputError
+from mmpretrain.evaluation.classification import check_ks
 from mmpretrain.evaluation.confidence import chance_recall, metric, wilson
-from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_images, embed_texts, similarities
-from mmpretrain.evaluation.zero_shot import check_ks
+from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_texts, similarities
+from mmpretrain.evaluation.features import image_features
 
 if TYPE_CHECKING:
     from mmpretrain.pretrained import Pretrained
@@ -22,14 +23,18 @@ TIE = 1e-6
 
 
 def rank_of_best(
-    queries: Tensor, candidates: Tensor, positives: Sequence[Sequence[int]], chunk_size: int = 256
+    queries: Tensor,
+    candidates: Tensor,
+    positives: Sequence[Sequence[int]],
+    chunk_size: int = 256,
+    tile_size: int = 16384,
 ) -> Tensor:
     """Count each query's wrong candidates at least as similar as its best positive: (Q,) int64, 0 is best.
 
     queries (Q,E) and candidates (M,E) are unit vectors; `positives[q]` holds the indices of the candidates
     that are right for query q, so `rank < k` means that any of them is among the first k. Ties count against
     the model (within `TIE`, so that neither rounding nor the order of candidates decides, and a model that
-    embeds everything alike scores 0). Memory grows with chunk_size x M, never Q x M.
+    embeds everything alike scores 0). Memory beyond the embeddings is chunk_size x tile_size, whatever Q and M.
 
     Raises `InputError` where a query has no positive, an index is out of range, or an embedding is not
     finite.
@@ -43,16 +48,30 @@ def rank_of_best(
             raise InputError(f"query {query} has positives {list(own)}; expected indices below {len(candidates)}")
     ranks = [queries.new_empty(0, dtype=torch.int64)]
     for start in range(0, len(queries), chunk_size):
-        scores = similarities(queries[start : start + chunk_size], candidates)
+        chunk = queries[start : start + chunk_size]
         right = enumerate(positives[start : start + chunk_size])
         pairs = [(row, column) for row, columns in right for column in columns]
-        rows, columns = torch.tensor(pairs, device=scores.device).T
-        # Positives are read out and struck out in turn: a mask of the whole chunk would double its memory.
-        best = scores.new_full((len(scores),), -torch.inf)
-        best.scatter_reduce_(0, rows, scores[rows, columns], "amax")
-        scores[rows, columns] = -torch.inf
-        ranks.append((scores >= best[:, None] - TIE).sum(dim=1))
+        rows, columns = torch.tensor(pairs, device=queries.device).T
+        best = _best_of(chunk, candidates, rows, columns)
+        found = torch.zeros(len(chunk), dtype=torch.int64, device=queries.device)
+        for first in range(0, len(candidates), tile_size):
+            scores = similarities(chunk, candidates[first : first + tile_size])
+            # Positives are struck out in place: a mask of the whole tile would double its memory.
+            here = (columns >= first) & (columns < first + tile_size)
+            scores[rows[here], columns[here] - first] = -torch.inf
+            found += (scores >= best[:, None] - TIE).sum(dim=1)
+        ranks.append(found)
     return torch.cat(ranks)
+
+
+def _best_of(queries: Tensor, candidates: Tensor, rows: Tensor, columns: Tensor, most: int = 16384) -> Tensor:
+    """Return each query's similarity with the nearest of its positives, given as pairs (row, column): (Q,) float32."""
+    best = torch.full((len(queries),), -torch.inf, device=queries.device)
+    for row, column in zip(torch.split(rows, most), torch.split(columns, most), strict=True):
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = (queries[row].float() * candidates[column].float()).sum(dim=1)
+        best.scatter_reduce_(0, row, scores, "amax")
+    return best
 
 
 class Retrieval:
@@ -74,7 +93,7 @@ class Retrieval:
     def __call__(self, pretrained: Pretrained) -> dict[str, float]:
         """Rank captions for every picture and pictures for every caption; the same numbers on every rank."""
         data = self.data(transform=pretrained.preprocess)
-        images = embed_images(pretrained.model, data, self.batch_size, self.num_workers)
+        images = image_features(pretrained.model, data, self.batch_size, self.num_workers)
         captions = captions_of(images.targets)
         owners = [picture for picture, own in enumerate(captions) for _ in own]
         of_picture: list[list[int]] = [[] for _ in captions]

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mmpretrain.distributed import rank, sum_over_ranks, world_size
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation.confidence import class_recall_interval, metric, wilson
-from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_images, embed_texts, similarities
+from mmpretrain.evaluation.classification import check_ks, classification_metrics, labels_of
+from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_texts, similarities
+from mmpretrain.evaluation.features import image_features
+from mmpretrain.evaluation.multi_label import mean_average_precision, multi_hot
 from mmpretrain.evaluation.templates import GENERAL
 from mmpretrain.types import Tokenizer
 
@@ -74,23 +76,24 @@ def class_hits(
 class ZeroShotClassification:
     """Evaluator: `top1`, `top5` and `mean_class_recall` of a data set of (image, int label).
 
-    `class_names[i]` names label i; None takes the data set's own `classes`. Mean per class recall is the mean
-    over the classes that occur of their top-1 recall. Intervals are Wilson's and, for the mean per class
-    recall, the bootstrap of `class_recall_interval`; chance is that of a random order of the classes.
+    Where a picture has several classes, its target a 0 or 1 for each, it is `mean_average_precision` instead.
+    `class_names[i]` names label i; None takes the data set's own `classes`. `templates` None takes the data set's own
+    `templates`, or `GENERAL` where it has none. See `classification_metrics` and `mean_average_precision` for
+    intervals and chance.
     """
 
     def __init__(
         self,
         data: DataFactory,
         class_names: Sequence[str] | None = None,
-        templates: Sequence[str] = GENERAL,
+        templates: Sequence[str] | None = None,
         ks: Sequence[int] = (1, 5),
         batch_size: int = 256,
         num_workers: int = 0,
     ) -> None:
         self.data = data
         self.class_names = None if class_names is None else list(class_names)
-        self.templates = list(templates)
+        self.templates = None if templates is None else list(templates)
         self.ks = check_ks(ks)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -100,26 +103,16 @@ class ZeroShotClassification:
         model, tokenizer = pretrained.model, pretrained.tokenizer
         data = self.data(transform=pretrained.preprocess)
         names = _names(self.class_names, getattr(data, "classes", None))
-        images = embed_images(model, data, self.batch_size, self.num_workers)
-        labels = _labels(images.targets, len(names)).to(images.embeddings.device)
-        classifier = zero_shot_classifier(model, tokenizer, names, self.templates, self.batch_size)
+        templates = (getattr(data, "templates", None) or GENERAL) if self.templates is None else self.templates
+        images, targets = image_features(model, data, self.batch_size, self.num_workers)
+        classifier = zero_shot_classifier(model, tokenizer, names, templates, self.batch_size)
+        sizes = {"images": float(len(targets)), "classes": float(len(names))}
+        if isinstance(targets[0], list):
+            return sizes | mean_average_precision(images, classifier, multi_hot(targets, len(names)))
+        labels = labels_of(targets, len(names)).to(images.device)
         # Top-1 goes first whatever `ks` says: mean per class recall needs it.
-        hits, counts = class_hits(images.embeddings, classifier, labels, (1, *self.ks))
-        found, total = hits.sum(dim=1).tolist(), len(labels)
-        results = {"images": float(total), "classes": float(len(names))}
-        for k, hit in zip(self.ks, found[1:], strict=True):
-            results |= metric(f"top{k}", hit / total, wilson(hit, total), min(k, len(names)) / len(names))
-        present = counts > 0
-        recall = float((hits[0][present] / counts[present]).cpu().double().mean())
-        interval = class_recall_interval(hits[0].tolist(), counts.tolist())
-        return results | metric("mean_class_recall", recall, interval, 1 / len(names))
-
-
-def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
-    """Return `ks` as a tuple; raises `InputError` unless they are positive."""
-    if not ks or min(ks) < 1:
-        raise InputError(f"ks is {list(ks)}; expected positive numbers such as [1, 5]")
-    return tuple(ks)
+        hits, counts = class_hits(images, classifier, labels, (1, *self.ks))
+        return sizes | classification_metrics(hits, counts, self.ks)
 
 
 def _names(given: list[str] | None, own: Any) -> list[str]:
@@ -138,13 +131,3 @@ def _names(given: list[str] | None, own: Any) -> list[str]:
             "give one name per label, in the data set's order"
         )
     return given
-
-
-def _labels(targets: list[Any], classes: int) -> Tensor:
-    for index, label in enumerate(targets):
-        if not isinstance(label, int) or not 0 <= label < classes:
-            raise InputError(
-                f"item {index} has label {label!r}; expected a whole number from 0 to {classes - 1}, one "
-                f"for each of the {classes} class names: add the missing names or correct the label"
-            )
-    return torch.tensor(targets, dtype=torch.int64)

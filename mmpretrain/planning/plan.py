@@ -12,6 +12,7 @@ from torch import nn
 
 from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.config import instantiate
+from mmpretrain.initial import follow
 from mmpretrain.model import MultimodalModel
 from mmpretrain.planning import arguments
 from mmpretrain.planning.arguments import Precision
@@ -31,6 +32,7 @@ from mmpretrain.planning.predict import (
 )
 from mmpretrain.planning.traffic import Message, Ranks
 from mmpretrain.planning.weights import Weights, weigh
+from mmpretrain.provenance import given_overrides
 
 
 class Plan(NamedTuple):
@@ -96,6 +98,7 @@ def plan(config: DictConfig) -> Plan:
 
     Raises `InputError` for hardware, devices or a batch that cannot be, and for a model that plan cannot measure.
     """
+    follow(config, given_overrides())
     build = partial(instantiate, allow=tuple(config.allow_targets))
     described: Hardware = build(config.hardware)
     ranks = arguments.ranks(config, described)

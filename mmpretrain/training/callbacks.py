@@ -57,7 +57,7 @@ class Metrics(Callback):
         values = torch.stack([value.reshape(()).double() for value in module.history.values()])
         means = (sum_over_ranks(values) / world_size()).tolist()
         self.latest = dict(zip(module.history, means, strict=True))
-        self.latest["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        self.latest["lr"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         now, (then, first) = time.perf_counter(), self.since
         samples = (step - first) * trainer.datamodule.global_batch_size * len(batch.batches)  # type: ignore[attr-defined]
         self.latest["samples_per_second"] = samples / max(now - then, 1e-9)

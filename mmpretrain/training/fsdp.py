@@ -32,7 +32,7 @@ def shard(model: MultimodalModel, mesh: DeviceMesh, half: bool = False) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # What a loss multiplies (an output embedding) must still be whole after the forward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for method in ("encode", "embed"):
+    for method in ("encode", "encode_layers", "feature_maps", "embed"):
         register_fsdp_forward_method(model, method)
 
 

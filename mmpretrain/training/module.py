@@ -23,6 +23,7 @@ from mmpretrain.training.cpu import prepare_cpu
 from mmpretrain.training.float8 import check_float8, convert_to_float8
 from mmpretrain.training.fsdp import shard
 from mmpretrain.training.micro_batches import forward_in_micro_batches
+from mmpretrain.training.remembered import remembers
 from mmpretrain.types import Batch, Loss, Outputs
 
 MAX_LOGIT_SCALE = 100.0
@@ -105,6 +106,18 @@ class TrainingModule(lightning.LightningModule):
         self.history: dict[str, Tensor] = {}
         self.embeddings: dict[str, dict[str, Tensor]] = {}
         self.skipped: Tensor | None = None  # (), on the device: 1 where NonFiniteGuard skipped the last step, else 0
+        self._original: tuple[MultimodalModel, ...] = ()  # in a tuple: no part of this module, so not trained nor saved
+
+    def preserve(self, original: MultimodalModel | None) -> None:
+        """Show the losses that ask for it, as `outputs.original`, what `original` makes of each batch; never saved.
+
+        It is frozen. Raises `InputError` where a loss asks for it and there is none.
+        """
+        asking = [name for name, loss in self.losses.items() if getattr(loss, "needs_original", False)]
+        if asking and original is None:
+            raise InputError(f"loss {asking[0]!r} compares with the original model; begin with a whole one: init=MODEL")
+        if asking and original is not None:
+            self._original = (original.requires_grad_(False).eval(),)
 
     def forward(self, batch: Batch) -> Outputs:
         """Run the model on one source's batch, in micro-batches where they are set."""
@@ -122,6 +135,8 @@ class TrainingModule(lightning.LightningModule):
         self.history, self.embeddings = {}, {}
         for source, batch in step.batches.items():
             outputs = self.forward(batch)
+            for original in self._original:
+                outputs = outputs._replace(original=self._of(original, batch))
             self.embeddings[source] = {m: e.detach() for m, e in outputs.embeddings.items()}
             for name, loss in self.losses.items():
                 weight = self.weights.get(name, 1.0)
@@ -138,8 +153,20 @@ class TrainingModule(lightning.LightningModule):
         self.history["loss/total"] = total.detach()
         return total
 
+    @torch.no_grad()
+    def _of(self, original: MultimodalModel, batch: Batch) -> Outputs:
+        if self.micro_batch_size is None:
+            outputs: Outputs = original(batch)
+            return outputs
+        return forward_in_micro_batches(original, batch, self.micro_batch_size)
+
     def configure_model(self) -> None:
         """Compile the model, then shard it where the strategy has a device mesh (FSDP2)."""
+        if (self.compile_mode is not None or self.device_mesh is not None) and remembers(self.model):
+            raise InputError(
+                "finetune.remember computes rows one by one, each rank others: not under trainer=fsdp or "
+                "trainer.compile; set finetune.remember=false"
+            )
         if self.compile_mode is not None:
             several = self.trainer.world_size > 1 or self.device_mesh is not None
             compile_model(self.model, self.compile_mode, several, any_size=self.micro_batch_size is not None)
@@ -148,12 +175,17 @@ class TrainingModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare for the device."""
+        for original in self._original:
+            original.to(self.device)
         if self.device.type == "cpu":
-            prepare_cpu(self.model, self.trainer.num_devices)
+            for model in (self.model, *self._original):
+                prepare_cpu(model, self.trainer.num_devices)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and scheduler; the number of steps comes from the config, never from the trainer."""
         optimizer = self.optimizer(self.groups(self.model, self.weight_decay))
+        for group in optimizer.param_groups:  # before the schedule takes it for the rate at its peak
+            group["lr"] *= group.get("lr_scale", 1.0)
         # Fused kernels could take gradient scales away themselves, and Lightning refuses to clip beside them. Ours get
         # gradients without a scale, before clipping.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

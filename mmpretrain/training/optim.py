@@ -11,22 +11,24 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmpretrain.errors import InputError
+from mmpretrain.training.layer_decay import with_layer_decay
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into those that decay and those that do not.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """Split trainable parameters into those that decay and those that do not, and by layer with `layer_decay`.
 
     What has fewer than two dimensions of a size above 1 (gains, biases, class tokens, logit scale and bias) is not
     decayed, nor are timm's (1,N,D) position tables, as timm has it; all other weights are.
     """
-    return [
+    groups = [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for decays in (True, False)
         if (parameters := [p for _, p in _trainable(model) if _decays(p) is decays])
     ]
+    return with_layer_decay(groups, model, layer_decay)
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
     """Split for timm's Muon: hidden matrices by Muon, everything else by its AdamW fallback.
 
     Embeddings, output heads, positions, patch convolutions, gains, biases and the logit scale are no hidden matrices
@@ -46,7 +48,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": rest, "weight_decay": weight_decay, "use_fallback": True},
         {"params": plain, "weight_decay": 0.0, "use_fallback": True},
     ]
-    return [group for group in groups if group["params"]]
+    return with_layer_decay([group for group in groups if group["params"]], model, layer_decay)
 
 
 def warmup_cosine(

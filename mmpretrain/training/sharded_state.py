@@ -7,7 +7,8 @@ folders as any other checkpoint. They can be read by any number of ranks.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed.tensor import Replicate, Shard, zeros
 
 from mmpretrain.errors import InputError
 from mmpretrain.training.checkpoint import begin, finish, rebuild
-from mmpretrain.training.manifest import Manifest, read_manifest
+from mmpretrain.training.manifest import DamagedCheckpoint, Manifest, read_manifest
 from mmpretrain.training.state_json import Packed
 
 
@@ -87,6 +88,22 @@ def load_sharded(path: Path, mesh: DeviceMesh) -> dict[str, Any]:
     state = rebuild(path, manifest, target)
     load_parts(tensors, storage_reader=reader)
     return state
+
+
+def load_whole(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Put some tensors of a checkpoint that was verified together, on the CPU of this process alone, by their names.
+
+    Raises `DamagedCheckpoint` where one is not there.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    written: Any = reader.read_metadata().state_dict_metadata
+    if lost := sorted(set(names) - written.keys()):
+        raise DamagedCheckpoint(f"{path} lacks {len(lost)} tensors that its state names: {', '.join(lost[:3])}")
+    tensors = {name: torch.zeros(written[name].size, dtype=written[name].properties.dtype) for name in names}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself, as meant
+        load_parts(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def _empty(size: torch.Size, dtype: torch.dtype, reference: Mapping[str, Any], mesh: DeviceMesh) -> Tensor:

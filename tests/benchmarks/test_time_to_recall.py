@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks.time_to_recall import Point, compared_at, plan, reached, recall

@@ -17,7 +17,8 @@ from PIL import Image as PILImage
 from mmpretrain.data import jpeg
 from mmpretrain.data.decode import DecodeError, Image
 from mmpretrain.data.pixels import Picture, to_rgb
-from mmpretrain.data.preprocess import Augment, Preprocess, resized, shrunk
+from mmpretrain.data.preprocess import Augment, Preprocess
+from mmpretrain.data.resize import resized, shrunk
 from mmpretrain.errors import InputError
 from tests.data.photos import encode, photo
 

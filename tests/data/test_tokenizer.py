@@ -188,6 +188,18 @@ def test_hugging_face_without_start_and_with_shared_padding(trained):
     assert ours.decode(values[1].tolist()) == "aphoto"
 
 
+def test_hugging_face_texts_can_be_cleaned_and_their_end_left_blank(trained):
+    plain = HuggingFaceTokenizer(trained, 12, "[EOS]", "[PAD]", "[BOS]")
+    clean = HuggingFaceTokenizer(trained, 12, "[EOS]", "[PAD]", "[BOS]", clean="canonicalize")
+    assert clean(["The CAT, sat!"]).values.tolist() == plain(["the cat sat"]).values.tolist()
+    blank = HuggingFaceTokenizer(trained, 12, "[EOS]", "[PAD]", "[BOS]", strip_sep_token=True)
+    texts = ["a cat", "a photo of a dog " * 5]
+    expected = plain(texts).values
+    assert torch.equal(blank(texts).values, expected.masked_fill(expected == plain.eos_id, 0))
+    with pytest.raises(InputError, match=r"clean='all'.*whitespace"):
+        HuggingFaceTokenizer(trained, 12, "[EOS]", "[PAD]", clean="all")
+
+
 def test_hugging_face_errors(trained, tmp_path):
     with pytest.raises(InputError, match=r"eos_token='</s>' is not in the vocabulary.*\[EOS\]"):
         HuggingFaceTokenizer(trained, 12, eos_token="</s>", pad_token="[PAD]")

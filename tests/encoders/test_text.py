@@ -189,3 +189,21 @@ def test_wrong_input_says_what_to_change():
         encoder(activation="relu6")
     with pytest.raises(InputError, match="causal=true"):
         encoder(causal=False).start()
+
+
+def test_an_encoder_that_reads_padding_attends_to_it_and_pools_at_the_end_of_text():
+    model = encoder(causal=False, reads_padding=True)
+    ids, mask = text(5, 10)
+    with torch.no_grad():
+        found = model(ids, mask)
+        assert torch.equal(found.pooled, model(ids).pooled)  # the mask takes nothing away
+        assert torch.equal(found.pooled[0], found.tokens[0, 4])
+        model.token_embedding.weight[PAD, 0] += 1
+        assert not torch.allclose(model(ids, mask).pooled, found.pooled)
+
+
+def test_an_encoder_that_reads_padding_needs_it_and_has_no_class_token():
+    with pytest.raises(InputError, match="reads padding as text"):
+        encoder(causal=False, reads_padding=True)(*text(5, 8))
+    with pytest.raises(InputError, match="class_mask=legacy"):
+        encoder(pooling="class_token", reads_padding=True)

@@ -3,12 +3,13 @@ from __future__ import annotations
 from functools import partial
 from itertools import combinations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation import Captioning, exact_match, rouge_l, wilson
+from mmpretrain.evaluation import Captioning, CiderD, bleu_4, bleu_counts, exact_match, rouge_l, wilson
 from tests.evaluation.everything import nearest
 from tests.evaluation.toy import COLOURS, Colours, pretrained
 
@@ -26,6 +27,22 @@ def test_six_pictures_by_hand() -> None:
     assert metrics["exact_match/chance"] == pytest.approx(1 / 6)
     assert metrics["rouge_l/chance"] == pytest.approx(1 / 6)
     assert metrics["rouge_l/ci_low"] < metrics["rouge_l"] < metrics["rouge_l/ci_high"]
+    cider = CiderD(CAPTIONS)
+    written = ["red", "green", "blue", "red", "blue", "red"]
+    own = [cider.score(*pair) for pair in zip(written, CAPTIONS, strict=True)]
+    assert metrics["cider"] == pytest.approx(sum(own) / 6)
+    assert metrics["cider/chance"] == pytest.approx(cider.score("red", CAPTIONS[0]) / 6)
+    assert metrics["cider/ci_low"] < metrics["cider"] < metrics["cider/ci_high"]
+    assert metrics["bleu_4"] == metrics["bleu_4/ci_high"] == 0  # no four words in a row
+
+
+def test_four_words_in_a_row() -> None:
+    references = [["it is red and nothing else"], ["it is green and nothing else"], ["quite blue", "all in blue"]]
+    data = partial(Colours, COLOURS[:3], references)
+    metrics = Captioning(data, 9, lambda *_: ["It is red and nothing else."] * 3)(pretrained())
+    counts = np.array([bleu_counts("it is red and nothing else", own) for own in references], dtype=float)
+    assert 0 < metrics["bleu_4"] == bleu_4(counts)
+    assert metrics["bleu_4/ci_low"] <= metrics["bleu_4"] <= metrics["bleu_4/ci_high"] == 1
 
 
 sentences = st.lists(st.sampled_from("abc"), max_size=6)

@@ -56,9 +56,9 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[list[int]]]:
 
 
 @settings(deadline=None)
-@given(problem=problems(), chunk_size=st.integers(1, 10))
+@given(problem=problems(), chunk_size=st.integers(1, 10), tile_size=st.integers(1, 10))
 def test_rank_of_best_is_that_of_the_full_matrix(
-    problem: tuple[Tensor, Tensor, list[list[int]]], chunk_size: int
+    problem: tuple[Tensor, Tensor, list[list[int]]], chunk_size: int, tile_size: int
 ) -> None:
     queries, candidates, positives = problem
     expected = []
@@ -67,7 +67,7 @@ def test_rank_of_best_is_that_of_the_full_matrix(
         # the place of the first positive when wrong candidates come first among equals
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i in right))
         expected.append(next(place for place, i in enumerate(order) if i in right))
-    assert rank_of_best(queries, candidates, positives, chunk_size).tolist() == expected
+    assert rank_of_best(queries, candidates, positives, chunk_size, tile_size).tolist() == expected
 
 
 def test_ties_survive_rounding_and_autocast() -> None:
@@ -100,8 +100,8 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_queries_times_candidates() -> None:
     queries, candidates = torch.rand(500, 4), torch.rand(300, 4)
     with Largest() as largest:
-        rank_of_best(queries, candidates, [[i % 300] for i in range(500)], chunk_size=16)
-    assert largest.most == 16 * 300
+        rank_of_best(queries, candidates, [[i % 300] for i in range(500)], chunk_size=16, tile_size=200)
+    assert largest.most == 16 * 200
 
 
 @pytest.mark.parametrize("captions", [3, [], [""], [3], None])
@@ -119,3 +119,25 @@ def test_bad_positives_and_embeddings() -> None:
         rank_of_best(a * torch.nan, b, [[0], [1]])
     with pytest.raises(InputError, match="ks is"):
         Retrieval(SIX, ks=(0,))
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_recall_is_clip_benchmarks(captions: int) -> None:
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    generator = torch.Generator().manual_seed(captions)
+    images = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=-1)
+    noise = torch.randn(40 * captions, 6, generator=generator)
+    texts = torch.nn.functional.normalize(images.repeat_interleave(captions, 0) + 0.8 * noise, dim=-1)
+    owners = torch.arange(40).repeat_interleave(captions)
+    positive = torch.zeros(len(texts), 40, dtype=torch.bool)
+    positive[torch.arange(len(texts)), owners] = True
+    scores = texts @ images.T
+    of_picture = [[caption for caption, owner in enumerate(owners.tolist()) if owner == i] for i in range(40)]
+    for k in (1, 5, 10):
+        found = (rank_of_best(texts, images, [[owner] for owner in owners.tolist()], 7, 16) < k).double().mean()
+        expected = (theirs.recall_at_k(scores, positive, k) > 0).double().mean()
+        assert found == pytest.approx(float(expected), abs=1e-6)
+        found = (rank_of_best(images, texts, of_picture, 7, 16) < k).double().mean()
+        expected = (theirs.recall_at_k(scores.T, positive.T, k) > 0).double().mean()
+        assert 0 < found < 1
+        assert found == pytest.approx(float(expected), abs=1e-6)

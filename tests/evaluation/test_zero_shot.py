@@ -11,7 +11,9 @@ from torch.nn.functional import normalize
 from torchvision.datasets import ImageFolder
 
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation import ZeroShotClassification, class_hits, wilson, zero_shot_classifier
+from mmpretrain.evaluation import BenchmarkData, ZeroShotClassification, class_hits, wilson, zero_shot_classifier
+from tests.evaluation.digits import NAMES as DIGITS
+from tests.evaluation.digits import TEMPLATES, digit_model, write_digits
 from tests.evaluation.toy import COLOURS, Colours, WordTokenizer, pretrained
 
 NAMES = ["red", "green", "blue"]
@@ -105,3 +107,20 @@ def test_bad_input() -> None:
         ZeroShotClassification(SIX, NAMES, batch_size=0)(pretrained())
     with pytest.raises(InputError, match="NaN"):
         class_hits(torch.full((1, 3), torch.nan), torch.eye(3), torch.tensor([0]), (1,))
+
+
+def test_equal_to_clip_benchmark_on_real_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    # It turns arrays of one number into numbers, which NumPy no longer does.
+    monkeypatch.setattr(theirs, "float", lambda value: value.item(), raising=False)
+    folder = write_digits(tmp_path / "digits")
+    metrics = ZeroShotClassification(partial(BenchmarkData, folder), batch_size=64)(digit_model())
+    model, preprocess, tokenizer = digit_model()
+    loader = torch.utils.data.DataLoader(BenchmarkData(folder, transform=preprocess), batch_size=32)
+    classifier = theirs.zero_shot_classifier(model, tokenizer, DIGITS, TEMPLATES, "cpu", amp=False)
+    logits, labels = theirs.run_classification(model, classifier, loader, "cpu", amp=False)
+    top1, top5 = theirs.accuracy(logits, labels, topk=(1, 5))
+    assert metrics["top1"] == pytest.approx(top1, abs=1e-6)
+    assert metrics["top5"] == pytest.approx(top5, abs=1e-6)
+    expected = balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy())
+    assert metrics["mean_class_recall"] == pytest.approx(expected, abs=1e-6)

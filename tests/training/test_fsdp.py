@@ -59,7 +59,9 @@ def steps(sharded: bool, faster: bool = False) -> tuple[list[float], dict[str, t
         optimizer.zero_grad()
         losses.append((sum_over_ranks(loss) / world_size()).item())
     with uncompiled():
-        embedding = model.embed("text", models.batch(3)["text"]).detach()
+        embedding = model.embed("text", models.batch(3)["text"])
+        (layer,) = model.encode_layers("text", models.batch(3)["text"], [0])
+        embedding = torch.cat([embedding, layer.pooled], dim=1).detach()
     full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     return losses, {name: tensor.detach().clone() for name, tensor in full.items()}, embedding
 

@@ -1,0 +1,1 @@
+"""Embed a whole data set into files, and search in them."""

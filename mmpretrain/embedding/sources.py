@@ -1,0 +1,149 @@
+"""What can be embedded: a folder of pictures, shards, or a table, each as numbered samples read when needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from mmpretrain.data.shards import Shard, expand
+from mmpretrain.data.sources import TABLES, ParquetCell, find_pictures, read_picture, rows_of
+from mmpretrain.errors import InputError
+
+PICTURE, TEXT = "picture", "txt"
+"""Fields under which folders and tables give their samples; shards have their own."""
+
+
+class Source(Protocol):
+    """Numbered samples. `digest` says what they are: it changes with their number, names or sizes."""
+
+    digest: str
+
+    def __len__(self) -> int:
+        """Count the samples."""
+
+    def key(self, i: int) -> str:
+        """Name of sample i."""
+
+    def path(self, i: int) -> str:
+        """Where sample i lies, for a person."""
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """Bytes of sample i by field; raises OSError or ValueError where it cannot be read."""
+
+
+class Folder:
+    """The pictures below a folder, sorted by path; the key is the path inside the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, find_pictures(folder)
+        self.digest = _digest([self.key(i), file.stat().st_size] for i, file in enumerate(self.files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, i: int) -> str:
+        """Path of the picture inside the folder."""
+        return self.files[i].relative_to(self.folder).as_posix()
+
+    def path(self, i: int) -> str:
+        """Path of the picture."""
+        return str(self.files[i])
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The picture's bytes."""
+        return {PICTURE: self.files[i].read_bytes()}
+
+
+class Shards:
+    """The samples of tar files, in their order; fields are those of the shards."""
+
+    def __init__(self, pattern: str) -> None:
+        self.shards = [Shard(path) for path in expand(pattern)]
+        self.ends = list(accumulate(len(shard) for shard in self.shards))
+        self.digest = _digest([shard.name, len(shard), shard.digest] for shard in self.shards)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def _place(self, i: int) -> tuple[Shard, int]:
+        number = bisect_right(self.ends, i)
+        return self.shards[number], i - (self.ends[number - 1] if number else 0)
+
+    def key(self, i: int) -> str:
+        """The sample's key in its shard."""
+        shard, place = self._place(i)
+        return shard.keys[place]
+
+    def path(self, i: int) -> str:
+        """Name of the shard, and the number of the sample in it."""
+        shard, place = self._place(i)
+        return f"{shard.name}#{place}"
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The sample's bytes by field."""
+        shard, place = self._place(i)
+        return shard.read(place)
+
+
+class Table:
+    """One column of a CSV, TSV, JSONL or parquet table: paths of pictures (beside the table), their bytes, or texts."""
+
+    def __init__(self, table: Path, column: str, is_text: bool, key_column: str | None = None) -> None:
+        self.table, self.is_text = table, is_text
+        rows = list(rows_of(table, [column, *([key_column] if key_column else [])]))
+        self.cells = [row[column] for row in rows]
+        self.keys = [str(row[key_column]) if key_column else f"{i:09}" for i, row in enumerate(rows)]
+        if not rows:
+            raise InputError(f"{table} has no rows; expected one sample a row")
+        self.digest = _digest([key, str(cell)] for key, cell in zip(self.keys, self.cells, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def key(self, i: int) -> str:
+        """The row's key, or its number."""
+        return self.keys[i]
+
+    def path(self, i: int) -> str:
+        """Path of the picture, or the row of the table."""
+        cell = self.cells[i]
+        if self.is_text or isinstance(cell, ParquetCell):
+            return f"{self.table}#{i}"
+        return str(self.table.parent / str(cell or ""))
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """The row's text, or the bytes of its picture."""
+        cell = self.cells[i]
+        if self.is_text:
+            return {TEXT: str("" if cell is None else cell).encode()}
+        return {PICTURE: read_picture(cell if isinstance(cell, ParquetCell) else Path(self.path(i)))}
+
+
+def open_source(source: str, is_text: bool, column: str | None = None, key_column: str | None = None) -> Source:
+    """Open a folder of pictures, a table, or shards (a path, a pattern, a URL or a folder of `*.tar`).
+
+    `column` of a table: default `caption` for text, `image` for pictures. Raises `InputError` for what is none of
+    them, and for text from a folder of pictures.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() in TABLES:
+        return Table(path, column or ("caption" if is_text else "image"), is_text, key_column)
+    if column or key_column:
+        raise InputError(f"{source} is no table ({', '.join(TABLES)}); --column and --key-column need one")
+    if path.is_dir() and not any(path.glob("*.tar")):
+        if is_text:
+            raise InputError(f"{source} is a folder of pictures; text comes from a table or from shards")
+        return Folder(path)
+    return Shards(source)
+
+
+def _digest(rows: Iterable[list[object]]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row).encode() + b"\n")
+    return found.hexdigest()

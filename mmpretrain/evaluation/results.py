@@ -1,0 +1,123 @@
+"""Results kept on disk, one file for each model, data set and task, so that an evaluation that was killed goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmpretrain.evaluation.candidates import Candidate
+from mmpretrain.evaluation.output import write_whole
+
+FORMAT = 1
+SPEED = ("batch_size", "num_workers")
+"""Arguments of a task that change how fast it is, and no result."""
+
+
+class Work(NamedTuple):
+    """One way to measure on one data set: `config` builds the evaluator, `key` is all that decides its result."""
+
+    data_set: str
+    task: str
+    config: dict[str, Any]
+    key: dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """What a model scored: `metrics` are flat, as an evaluator gives them."""
+
+    candidate: Candidate
+    work: Work
+    metrics: dict[str, float]
+
+
+def work(data_set: str, task: str, config: Mapping[str, Any], device: str) -> Work:
+    """Describe a piece of work by the config of its evaluator, without interpolations.
+
+    The key holds that config (but for `SPEED`), the kind of device, this package's version, and of every local file or
+    folder that the config names, the names, sizes and times of the files.
+    """
+    from mmpretrain import __version__
+
+    plain = json.loads(json.dumps(config))
+    files = {path: state_of(Path(path)) for path in sorted(set(_paths(plain))) if Path(path).exists()}
+    key = {
+        "data_set": data_set,
+        "task": task,
+        "config": _without_speed(plain),
+        "files": files,
+        "device": device.partition(":")[0],
+        "mmpretrain": __version__,
+    }
+    return Work(data_set, task, dict(config), key)
+
+
+def state_of(path: Path) -> str:
+    """Digest names, sizes and times of a file or of all files in a folder; indexes that readers leave there are not."""
+    found = []
+    for folder, folders, files in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        folders.sort()
+        for name in sorted(files):
+            if not name.startswith(".") and not name.endswith(".idx.npz"):
+                status = Path(folder, name).stat()
+                found.append(f"{os.path.relpath(folder, path)}/{name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(found).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class Results:
+    """A folder of results; each file holds its whole key, so none is ever taken for another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, candidate: Candidate, work: Work) -> dict[str, float] | None:
+        """Return the metrics kept of this work on this model; None where there are none, or the file is damaged."""
+        try:
+            content = json.loads(self._path(candidate, work).read_text(encoding="utf-8"))
+            metrics = {str(name): float(value) for name, value in content["metrics"].items()}
+            same = content["format"] == FORMAT and content["key"] == _key(candidate, work)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return metrics if same and all(math.isfinite(value) for value in metrics.values()) else None
+
+    def save(self, candidate: Candidate, work: Work, metrics: Mapping[str, float], seconds: float) -> None:
+        """Keep the metrics of this work on this model."""
+        content = {
+            "format": FORMAT,
+            "model": candidate.name,
+            "seconds": round(seconds, 3),
+            "key": _key(candidate, work),
+            "metrics": dict(metrics),
+        }
+        write_whole(self._path(candidate, work), json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _path(self, candidate: Candidate, work: Work) -> Path:
+        key = hashlib.sha256(json.dumps(_key(candidate, work), sort_keys=True).encode()).hexdigest()
+        data_set = re.sub(r"[^\w.-]+", "_", work.data_set, flags=re.ASCII).strip(".")[:80]
+        task = re.sub(r"\W+", "_", work.task, flags=re.ASCII)[:40]
+        return self.folder / candidate.identity[:16] / f"{'-'.join(filter(None, (data_set, task)))}-{key[:16]}.json"
+
+
+def _key(candidate: Candidate, work: Work) -> dict[str, Any]:
+    return {"model": candidate.identity, **work.key}
+
+
+def _without_speed(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_speed(value) for key, value in config.items() if key not in SPEED}
+    return [_without_speed(value) for value in config] if isinstance(config, list) else config
+
+
+def _paths(config: Any) -> Iterator[str]:
+    """Yield every text in a config that may be a path: one with a separator."""
+    if isinstance(config, str):
+        if os.sep in config and "://" not in config:
+            yield config
+    elif isinstance(config, (dict, list)):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from _paths(value)

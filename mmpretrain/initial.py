@@ -1,0 +1,178 @@
+"""Training that begins with weights: `init` names a saved model, or one for each encoder, and the config follows it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from mmpretrain.errors import InputError
+from mmpretrain.interop.names import check_keys
+from mmpretrain.model import MultimodalModel
+from mmpretrain.pretrained import CONFIG, NAMED, WEIGHTS, load, model_folder, read_config
+from mmpretrain.provenance import MANIFEST, read
+
+FILES = (CONFIG, WEIGHTS, "tokenizer.json")
+"""The files of a model folder that decide what training begins with."""
+
+
+class Source(NamedTuple):
+    """A model folder that training begins with: for one encoder, or for the whole model (part None)."""
+
+    part: str | None
+    name: str
+    folder: Path
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its weights begin with."""
+        return "" if self.part is None else f"encoders.{self.part}."
+
+
+def follow(config: DictConfig, overrides: Sequence[str] = ()) -> list[Source]:
+    """Let a training config follow what `config.init` names, in place, and apply `config.finetune.freeze`.
+
+    A whole model brings its architecture, tokenizer and preprocessing; an encoder its own part, with the tokenizer for
+    `text` and the preprocessing for `image`. `overrides` are those of the command line: what they say of the model is
+    said again on top; one that sets tokenizer or preprocessing, or chooses another model, raises `InputError`.
+    """
+    sources = list(_sources(config.get("init")))
+    with open_dict(config):
+        for source in sources:
+            _follow(config, source)
+        if sources:
+            _again(config, sources, overrides)
+        freeze = (config.get("finetune") or {}).get("freeze")
+        if freeze is not None:
+            config.model.freeze = list(freeze)
+    return sources
+
+
+def fill(model: nn.Module, sources: Sequence[Source], allow: Sequence[str] = ()) -> MultimodalModel | None:
+    """Load the weights of `sources` into `model`; returns the whole model they came from, None where it was parts.
+
+    Raises `InputError`, listing them, where names or shapes differ.
+    """
+    whole = None
+    for source in sources:
+        loaded = load(source.folder, allow=allow).model
+        weights, expected = (
+            {name: tensor for name, tensor in part.state_dict().items() if name.startswith(source.prefix)}
+            for part in (loaded, model)
+        )
+        check_keys(weights, expected, f"init={source.name}")
+        model.load_state_dict(weights, strict=False)
+        if source.part is None:
+            whole = loaded
+    return whole
+
+
+def identity(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Describe what training begins with, for its manifest: the names as given, and the SHA-256 of their files."""
+    return [
+        {
+            "part": source.part,
+            "name": source.name,
+            "files": {name: _digest(source.folder / name) for name in FILES if (source.folder / name).is_file()},
+        }
+        for source in sources
+    ]
+
+
+def check_identity(run: Path, sources: Sequence[Source]) -> None:
+    """Raise `InputError` where the manifest of a run folder, if it has one, says that it began with other weights."""
+    if not (run / MANIFEST).is_file():
+        return
+    before, now = read(run).get("init", []), identity(sources)
+    if len(before) != len(now):
+        raise InputError(f"{run} began with {len(before)} models, init names {len(now)}; give the init it began with")
+    for old, new in zip(before, now, strict=True):
+        files = sorted({*old["files"], *new["files"]})
+        changed = [name for name in files if old["files"].get(name) != new["files"].get(name)]
+        if changed:
+            raise InputError(
+                f"init={new['name']} is not what {run} began with: {', '.join(changed)} differ; give back the model as "
+                "it was, or another run_dir"
+            )
+
+
+def _sources(init: Any) -> Iterator[Source]:
+    if init is None:
+        return
+    if isinstance(init, str):
+        named: dict[str | None, Any] = {None: init}
+    elif isinstance(init, (Mapping, DictConfig)):
+        named = {str(part): name for part, name in init.items() if name is not None}
+    else:
+        raise InputError(f"init is {init!r}; give a model folder, or {{encoder: model folder}}")
+    for part, name in named.items():
+        yield Source(part, str(name), _find(str(name)))
+
+
+def _follow(config: Any, source: Source) -> None:
+    saved = _parts(source.folder)
+    encoders = saved["model"].get("encoders") or {}
+    if source.part is None:
+        config.model = saved["model"]
+    elif source.part not in encoders or "encoders" not in config.model:
+        raise InputError(
+            f"init={source.name} has no encoder {source.part!r}: it has {', '.join(encoders) or 'none'}; name one"
+        )
+    else:
+        config.model.encoders[source.part] = encoders[source.part]
+    if source.part in (None, "text"):
+        config.tokenizer = saved["tokenizer"]
+    if source.part in (None, "image"):
+        config.data.preprocess = saved["preprocess"]
+        if "image_size" in saved["preprocess"]:
+            config.data.image_size = saved["preprocess"]["image_size"]
+
+
+def _again(config: Any, sources: Sequence[Source], overrides: Sequence[str]) -> None:
+    """Apply once more what the command line says of the model, and refuse what the saved model decides."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parts = {source.part for source in sources}
+    decided = [("tokenizer", "text"), ("data.preprocess", "image"), ("data.image_size", "image")]
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = str(override.key_or_group).replace("/", ".")
+        for name, part in decided:
+            if parts & {None, part} and (key == name or key.startswith(f"{name}.")):
+                raise InputError(f"{override.input_line}: init brings its own {name}; leave this out")
+        if key == "model" and None in parts:
+            raise InputError(f"{override.input_line}: init brings its own model; leave this out, or set single keys")
+        if not key.startswith(tuple(f"model.{source.prefix}" for source in sources)):
+            continue
+        known = OmegaConf.select(config, key, default=override) is not override
+        if not known and not (override.is_add() or override.is_force_add()):
+            raise InputError(f"{override.input_line}: the model of init has no {key}; add it with +{key}=...")
+        if override.is_delete():
+            parent, _, last = key.rpartition(".")
+            del OmegaConf.select(config, parent)[last]
+        else:
+            OmegaConf.update(config, key, override.value(), force_add=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(name: str) -> Path:
+    """Find the model folder that a path, or a name such as `package:NAME`, stands for."""
+    if NAMED.match(name) and not Path(name).exists():
+        from mmpretrain.interop.remote import resolve
+
+        return resolve(name)
+    return model_folder(Path(name)).resolve()
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Read what builds a saved model's parts, which will be part of our own config: no interpolations."""
+    if "${" in (folder / CONFIG).read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{folder / CONFIG} has an interpolation where none is read; write the value itself")
+    return read_config(folder)

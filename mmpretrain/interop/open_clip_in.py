@@ -1,0 +1,237 @@
+"""Weights of open_clip in: by the name of a packaged config, from a folder, or from a config and tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpretrain.encoders.image import CLIP_MEAN, CLIP_STD
+from mmpretrain.errors import InputError
+from mmpretrain.interop.converted import Converted, as_float32
+from mmpretrain.interop.files import read_tensors
+from mmpretrain.interop.names import check_keys, to_ours
+from mmpretrain.interop.open_clip_config import Described, describe
+from mmpretrain.interop.open_clip_image import refused
+from mmpretrain.interop.tokenizer_in import FILE, SETTINGS, huggingface_tokenizer, special_tokens
+
+CONFIG = "open_clip_config.json"
+"""What a folder saved by open_clip holds: `model_cfg` and `preprocess_cfg`."""
+RESIZE = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+INTERPOLATION = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+"""open_clip's interpolations -> ours; `random` is bicubic where nothing is trained."""
+PREPROCESS: dict[str, Any] = {
+    "mode": "RGB",
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+"""open_clip's preprocessing where nothing is said; its size is the model's."""
+SETTING_KEYS = ("mean", "std", "interpolation", "resize_mode")
+LEFT_OUT = ("text.transformer.embeddings.position_ids",)
+"""Tensors of older checkpoints that are no weights."""
+
+
+def from_name(
+    name: str,
+    weights: str | Path | None = None,
+    tokenizer: Path | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Read a model of open_clip by `NAME`, `NAME/TAG` (a packaged config), or a folder with `open_clip_config.json`.
+
+    `weights` is a file, or a folder with one; only a folder of open_clip's has its own. A tag says how its weights
+    take pictures; without one, that is what all released weights of this config agree on. `tokenizer` as in
+    `from_config`. Raises `InputError` for an unknown name and for what is missing.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        content = _json(folder / CONFIG)
+        if not isinstance(content.get("model_cfg"), dict):
+            raise InputError(f"{folder / CONFIG} has no model_cfg; expected a folder saved by open_clip")
+        own = folder if (folder / FILE).is_file() else None
+        given = preprocess or content.get("preprocess_cfg")
+        return from_config(content["model_cfg"], read_tensors(weights or folder), given, tokenizer or own, folder.name)
+    config, settings = packaged(name)
+    if weights is None:
+        raise InputError(f"open_clip's {name} has no weights of its own here; give a file with --weights")
+    return from_config(config, read_tensors(weights), preprocess or settings, tokenizer, name)
+
+
+def from_config(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    preprocess: Mapping[str, Any] | None = None,
+    tokenizer: Path | None = None,
+    name: str = "model",
+) -> Converted:
+    """Convert open_clip's `config` (its JSON) and `weights` (its names).
+
+    `preprocess`: mean, std, interpolation, resize_mode, fill_color. `tokenizer`: for a config that names one of the
+    hub, a folder with its `tokenizer.json`, and for a Hugging Face text encoder also its `config.json`; None asks the
+    hub. Raises `InputError` for a feature that is missing here and for tensors that do not fit, naming them.
+    """
+    text = config.get("text_cfg", {})
+    folder, huggingface = _text_files(text, tokenizer)
+    eos_id = special_tokens(folder).end_id if folder else None
+    custom = any(key.startswith("text.") for key in weights)
+    described = describe(config, huggingface, eos_id, prefix="text." if custom else "")
+    tensors = {key: x for key, x in weights.items() if key not in LEFT_OUT}
+    if "logit_bias" in described.model and "logit_bias" not in tensors:
+        tensors["logit_bias"] = torch.zeros(1)  # as open_clip does for weights that were trained without
+    source = name if ":" in name else f"open_clip:{name}"
+    ours = as_float32(to_ours(tensors, described.table, source))
+    check_keys(ours, expected(described.model), source)
+    settings = _settings(preprocess)
+    described.model["encoders"]["image"] |= {key: [float(x) for x in settings[key]] for key in ("mean", "std")}
+    parts = {
+        "model": described.model,
+        "preprocess": _preprocess(described, settings),
+        "tokenizer": _tokenizer(described, folder),
+    }
+    return Converted(parts, ours, source)
+
+
+def expected(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return names and shapes of the weights of a model config, without making any."""
+    from mmpretrain.config import build_saved
+
+    with torch.device("meta"):
+        state: dict[str, Tensor] = build_saved(model).state_dict()
+    return state
+
+
+def packaged(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return a packaged config by `NAME` or `NAME/TAG`, and how its weights take pictures (None: nothing is said).
+
+    Raises `InputError` for an unknown name or tag, and where the tags of a name differ and none is given.
+    """
+    files = config_files()
+    base, tag = name.replace("/", "-"), ""
+    if base not in files and "/" in name:
+        base, _, tag = name.rpartition("/")
+        base = base.replace("/", "-")
+    if base not in files:
+        raise InputError(f"open_clip packages no config {name!r} and it is no folder; see open_clip.list_models()")
+    config = _json(files[base])
+    tags = _tags(base)
+    if tag:
+        if tag not in tags:
+            raise InputError(f"open_clip has no weights {tag!r} of {base}; it has {', '.join(tags) or 'none'}")
+        if tags[tag].get("quick_gelu"):  # what the weights were trained with; open_clip itself only warns
+            config["quick_gelu"] = True
+        return config, tags[tag]
+    kinds = {json.dumps({key: found.get(key) for key in SETTING_KEYS}) for found in tags.values()}
+    if len(kinds) > 1:
+        raise InputError(
+            f"released weights of {base} take pictures in different ways; say which they are: "
+            f"open_clip:{base}/TAG with TAG one of {', '.join(tags)}"
+        )
+    return config, next(iter(tags.values()), None)
+
+
+def config_files() -> dict[str, Path]:
+    """Return the configs that the installed open_clip packages, by name; it is not imported."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or found.origin is None:
+        raise InputError("configs by name come with open_clip: pip install open_clip_torch, or give a folder")
+    return {file.stem: file for file in sorted((Path(found.origin).parent / "model_configs").glob("*.json"))}
+
+
+def _tags(name: str) -> dict[str, dict[str, Any]]:
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    return {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+
+
+def _text_files(text: Mapping[str, Any], given: Path | None) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the folder of the tokenizer (None: CLIP's own) and the config of a Hugging Face text encoder."""
+    model = text.get("hf_model_name")
+    repository = text.get("hf_tokenizer_name") or model
+    if not repository:
+        return None, None
+    folder = given or _hub_folder(repository, FILE, SETTINGS)
+    if not model:
+        return folder, None
+    directory = folder if folder.is_dir() else folder.parent
+    if not (directory / "config.json").is_file():
+        directory = _hub_folder(model, "config.json", ())
+    return folder, _json(directory / "config.json")
+
+
+def _hub_folder(repository: str, file: str, beside: tuple[str, ...]) -> Path:
+    """Return the folder of a file of a hub repository (or of a local folder of that name), fetched where it is not."""
+    if (Path(repository) / file).is_file():
+        return Path(repository)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = Path(hf_hub_download(repository, file)).parent
+    except Exception as error:  # of the network, of the hub, of its cache: no base in common
+        raise InputError(
+            f"{file} of {repository!r} cannot be fetched ({type(error).__name__}); give a folder that has it: "
+            "--tokenizer FOLDER"
+        ) from error
+    for name in beside:
+        try:
+            hf_hub_download(repository, name)
+        except Exception:  # not every tokenizer has each of them
+            continue
+    return folder
+
+
+def _settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    settings = {**PREPROCESS, **{key: x for key, x in (given or {}).items() if key in PREPROCESS and x is not None}}
+    for key, known in (("resize_mode", RESIZE), ("interpolation", INTERPOLATION), ("mode", ("RGB",))):
+        if settings[key] not in known:
+            raise refused(f"preprocess_cfg.{key}={settings[key]!r}", f"known are {', '.join(known)}")
+    for key in ("mean", "std"):
+        if isinstance(settings[key], int | float):
+            settings[key] = [settings[key]] * 3
+    return settings
+
+
+def _preprocess(described: Described, settings: Mapping[str, Any]) -> dict[str, Any]:
+    size = described.image_size
+    if isinstance(size, (list, tuple)):
+        if len(set(size)) != 1:
+            raise refused(f"vision_cfg.image_size={size}", "pictures are square here")
+        size = size[0]
+    config = {
+        "_target_": "mmpretrain.data.preprocess.Preprocess",
+        "image_size": int(size),
+        "resize": RESIZE[settings["resize_mode"]],
+        "interpolation": INTERPOLATION[settings["interpolation"]],
+        "read": "stored",  # as open_clip reads files
+    }
+    return {**config, "fill": settings["fill_color"]} if settings["fill_color"] else config
+
+
+def _tokenizer(described: Described, folder: Path | None) -> dict[str, Any]:
+    text = described.text
+    length, options = int(text.get("context_length", 77)), dict(text.get("tokenizer_kwargs") or {})
+    pad = "context_length" if described.reads_padding else "longest"
+    clean = options.pop("clean", "lower" if folder is None else "whitespace")
+    strip = bool(options.pop("strip_sep_token", False))
+    if options or text.get("tokenizer_mode") or (folder is None and (clean != "lower" or strip)):
+        raise refused(f"text_cfg.tokenizer_kwargs={text.get('tokenizer_kwargs')!r}", "known are clean, strip_sep_token")
+    if folder is not None:
+        return huggingface_tokenizer(folder, length, clean, strip, pad)
+    return {"_target_": "mmpretrain.data.tokenizer.ClipTokenizer", "context_length": length, "pad": pad}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}; expected names with values")
+    return content

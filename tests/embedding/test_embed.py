@@ -1,0 +1,143 @@
+"""Embeddings of a data set as files: equal to the model's own, resumable, the same for any split of the work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmpretrain import InputError, load, save
+from mmpretrain.cli import main
+from mmpretrain.config import instantiate
+from mmpretrain.embedding.index import iter_embeddings
+from mmpretrain.embedding.parts import MANIFEST, Store
+from tests.shard_sets import write_pictures
+from tests.test_pretrained import CONFIG, MODEL
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    return save(tmp_path_factory.mktemp("model") / "model", instantiate(MODEL), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """23 pictures of odd sizes in two folders, one of them damaged."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(23):
+        folder = root / ("a" if i % 2 else "b/c")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((17 + i, 40 - i), 10 * i + 5).convert("RGB").save(folder / f"{i:02}.png")
+    (root / "a" / "13.png").write_bytes((root / "a" / "13.png").read_bytes()[:60])
+    return root
+
+
+def rows_of(out):
+    parts = list(iter_embeddings(out))
+    return [key for rows in parts for key in rows.keys], np.concatenate([rows.embeddings for rows in parts])
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_each_row_is_what_the_model_gives_and_a_damaged_picture_costs_itself(model, pictures, tmp_path, capsys, form):
+    out = tmp_path / "out"
+    arguments = ["embed", str(model), str(pictures), str(out), "--format", form]
+    arguments += ["--part-size", "5", "--batch-size", "3"]
+    assert main(arguments) == 0
+    keys, embeddings = rows_of(out)
+    files = sorted(path for path in pictures.rglob("*.png") if path.name != "13.png")
+    assert keys == [path.relative_to(pictures).as_posix() for path in files]
+    network, preprocess, _ = load(model)
+    pixels = torch.stack([preprocess(Image.open(path)) for path in files])
+    assert np.allclose(embeddings, network.embed("image", pixels).detach().numpy(), atol=1e-6)
+    assert "22 of 23 embedded, 16 numbers each" in capsys.readouterr().out
+    (skipped,) = [json.loads(line) for path in out.glob("*.skipped.jsonl") for line in path.read_text().splitlines()]
+    assert skipped["key"] == "a/13.png" and "not a picture" in skipped["reason"]
+
+
+def test_the_result_does_not_depend_on_batches_workers_parts_or_processes(model, pictures, tmp_path):
+    ways = {"one": [], "batches": ["--batch-size", "4", "--workers", "2"], "parts": ["--part-size", "7"]}
+    ways["processes"] = ["--part-size", "4", "--device", "cpu", "--processes", "2"]
+    found = {}
+    for name, options in ways.items():
+        assert main(["embed", str(model), str(pictures), str(tmp_path / name), *options]) == 0
+        found[name] = rows_of(tmp_path / name)
+    for keys, embeddings in found.values():
+        assert keys == found["one"][0]
+        assert np.allclose(embeddings, found["one"][1], atol=1e-6)
+
+
+def test_shards_and_tables_of_pictures_or_texts(model, tmp_path):
+    shards = write_pictures(tmp_path / "shards")
+    network, _, tokenizer = load(model)
+    assert main(["embed", str(model), str(shards), str(tmp_path / "text"), "--modality", "text"]) == 0
+    (rows,) = iter_embeddings(tmp_path / "text")
+    assert len(rows.texts) == 64 and rows.texts[0].startswith("red left") and rows.paths[0].endswith("00000.tar#0")
+    assert np.allclose(rows.embeddings, network.embed("text", tokenizer(rows.texts)).detach().numpy(), atol=1e-6)
+    assert main(["embed", str(model), str(shards), str(tmp_path / "image"), "--dtype", "float16"]) == 0
+    assert rows_of(tmp_path / "image")[1].dtype == np.float16
+    table = tmp_path / "table.csv"
+    Image.effect_noise((20, 20), 60).save(tmp_path / "x.png")
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "image", "caption"], ["one", "x.png", "a cat"], ["two", "gone.png", ""]])
+    assert main(["embed", str(model), str(table), str(tmp_path / "t1"), "--key-column", "id"]) == 0
+    assert rows_of(tmp_path / "t1")[0] == ["one"]
+    arguments = ["embed", str(model), str(table), str(tmp_path / "t2"), "--modality", "text", "--key-column", "id"]
+    assert main(arguments) == 0
+    assert rows_of(tmp_path / "t2")[0] == ["one"]
+
+
+def test_a_killed_run_goes_on_and_makes_no_part_twice(model, pictures, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mmpretrain", "embed", str(model), str(pictures), str(out), "--part-size", "2"]
+    with subprocess.Popen(command) as process:
+        until = time.monotonic() + 60
+        while not list(out.glob("part-*.parquet")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    assert before
+    assert main(command[3:]) == 0
+    assert all(path.stat().st_mtime_ns == time_then for path, time_then in before.items())
+    assert not Store.open(out).missing and not list(out.glob(".*.tmp"))
+    assert len(rows_of(out)[0]) == 22
+
+
+def test_a_folder_of_other_embeddings_is_not_mixed_with(model, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["embed", str(model), str(pictures), str(out)]) == 0
+    assert main(["embed", str(model), str(pictures), str(out), "--dtype", "float16"]) == 2
+    assert "holds other embeddings (dtype 'float32', now 'float16')" in capsys.readouterr().err
+    assert main(["embed", str(model), str(pictures), str(out), "--dtype", "float16", "--overwrite"]) == 0
+    assert json.loads((out / MANIFEST).read_text())["dtype"] == "float16"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    assert main(["embed", str(model), str(pictures), str(tmp_path / "full")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--modality", "text"], "is a folder of pictures; text comes from a table or from shards"),
+        (["--column", "x"], "is no table"),
+        (["--batch-size", "0"], "--batch-size is 0; give at least 1"),
+    ],
+)
+def test_wrong_input_is_said_before_anything_is_written(model, pictures, tmp_path, capsys, options, said):
+    assert main(["embed", str(model), str(pictures), str(tmp_path / "out"), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_embeddings_is_said_to_be_one(tmp_path):
+    with pytest.raises(InputError, match="holds no embeddings"):
+        Store.open(tmp_path)

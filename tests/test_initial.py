@@ -1,0 +1,168 @@
+"""`init`: training that begins with a saved model follows it, and is resumed, reproduced and merged as any other."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmpretrain
+from mmpretrain.cli import main
+from mmpretrain.training.lora import merge_adapter
+from tests.shard_sets import OVERRIDES
+from tests.test_train import launch
+
+FOLLOWED = ("model", "tokenizer", "data.image_size")
+STEPS = ["trainer.max_steps=4", "callbacks.checkpoint_every_n_steps=2"]
+
+
+def run(*overrides: str) -> int:
+    return main(["train", *overrides])
+
+
+@pytest.fixture(scope="module")
+def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of its own sizes, which is nothing like what `experiment=image_text_clip` would build."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    given = [*OVERRIDES, f"data.train={shards}", f"data.val={shards}", "evaluators=image_text", "report=false"]
+    assert run(*given, "trainer.max_steps=2", f"run_dir={folder}") == 0
+    return folder
+
+
+@pytest.fixture
+def tune(tiny: list[str], base: Path) -> list[str]:
+    """What a user gives to go on from `base`: nothing about the model."""
+    kept = [override for override in tiny if not override.lstrip("+").startswith(FOLLOWED)]
+    return [*kept, *STEPS, f"init={base}/model"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row["loss/total"]) for row in csv.DictReader(file) if row["loss/total"]}
+
+
+def test_training_begins_with_the_saved_weights_and_follows_the_saved_parts(tune, base, tmp_path):
+    folder = tmp_path / "tuned"
+    assert run(*tune, "optimizer.lr=1e-12", "optimizer.weight_decay=0", f"run_dir={folder}") == 0
+    for name, tensor in weights(base).items():
+        torch.testing.assert_close(weights(folder)[name], tensor, rtol=0, atol=1e-9, msg=name)
+    model, preprocess, tokenizer = mmpretrain.load(folder)
+    assert preprocess.image_size == 16 and tokenizer.vocab_size == 259 and model.embed_dim == 16
+    (began,) = json.loads((folder / "manifest.json").read_text())["init"]
+    assert began["name"] == f"{base}/model" and set(began["files"]) == {"config.yaml", "model.safetensors"}
+
+
+def test_what_the_command_line_says_of_the_model_is_said_on_top(tune, tmp_path):
+    folder = tmp_path / "tuned"
+    frozen = ["finetune.freeze=[text]", "model.encoders.text.gradient_checkpointing=true"]
+    assert run(*tune, "+model.encoders.text.gradient_checkpointing=true", frozen[0], f"run_dir={folder}") == 0
+    saved = (folder / "model" / "config.yaml").read_text()
+    assert "gradient_checkpointing: true" in saved
+    assert mmpretrain.load(folder).model.frozen == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("tokenizer.context_length=30", "init brings its own tokenizer"),
+        ("tokenizer=clip", "init brings its own tokenizer"),
+        ("data.image_size=32", "init brings its own data.image_size"),
+        ("model=clip_vit_b32", "init brings its own model"),
+        ("model.encoders.text.widht=3", "widht"),
+        ("init=nowhere", "nowhere is not a model folder"),
+        ("init={audio: BASE}", "has no encoder 'audio'"),
+    ],
+)
+def test_what_does_not_fit_the_saved_model_is_refused(tune, base, tmp_path, given, message, capsys):
+    overrides = [*tune, given.replace("BASE", f"{base}/model"), f"run_dir={tmp_path / 'no'}"]
+    assert run(*overrides) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_encoder_of_a_saved_model_may_begin_another(tiny, base, tmp_path):
+    """The text encoder comes with its tokenizer; the rest is built as the config says."""
+    folder = tmp_path / "lit"
+    kept = [o for o in tiny if not o.startswith(("tokenizer", "model.encoders.text"))]
+    begin = ["model.embed_dim=24", f"init={{text: {base}/model}}", "finetune=lit", *STEPS, f"run_dir={folder}"]
+    assert run(*kept, *begin) == 0
+    model = mmpretrain.load(folder).model
+    assert model.embed_dim == 24 and model.frozen == {"text"}
+    for name, tensor in weights(base).items():
+        if name.startswith("encoders.text."):
+            assert torch.equal(weights(folder)[name], tensor), name
+        elif name.startswith("encoders.image.") and tensor.ndim > 1:
+            assert not torch.equal(weights(folder)[name], tensor), name
+
+
+def test_adapters_are_resumed_merged_and_kept_alone(tune, base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    lora = [*tune, "finetune=lora", "finetune.lora.dropout=0.1", "evaluators=none"]
+    assert run(*lora, f"run_dir={whole}") == 0
+    first = ["trainer.max_steps=2", "scheduler.total_steps=4"]
+    assert run(*lora, *first, f"run_dir={parts}") == 0
+    assert run(*lora, f"run_dir={parts}", "resume=auto") == 0
+    assert losses(whole) == losses(parts) and len(losses(whole)) == 4
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(parts)[name], tensor), name
+    assert weights(whole).keys() == weights(base).keys()
+    tuned = mmpretrain.load(whole)
+    started = mmpretrain.load(base)
+    merge_adapter(started.model, whole / "adapter")
+    ids = tuned.tokenizer(["red left 0", "blue top"])
+    torch.testing.assert_close(tuned.model.embed("text", ids), started.model.embed("text", ids), rtol=0, atol=1e-5)
+    assert not torch.equal(mmpretrain.load(base).model.embed("text", ids), tuned.model.embed("text", ids))
+
+
+def test_a_run_that_goes_on_must_begin_with_the_same_weights(tune, tiny, shards, base, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    first = ["trainer.max_steps=2", "scheduler.total_steps=4", "evaluators=none"]
+    assert run(*tune, *first, f"run_dir={folder}") == 0
+    assert run(*tiny, "seed=5", "trainer.max_steps=2", "evaluators=none", f"run_dir={other}") == 0
+    assert run(*tune, f"init={other}/model", f"run_dir={folder}", "resume=auto") == 2
+    assert "is not what" in capsys.readouterr().err
+
+
+def test_the_safe_preset_trains_near_the_original(tune, tmp_path):
+    folder = tmp_path / "safe"
+    assert run(*tune, "finetune=safe", "trainer.micro_batch_size=3", f"run_dir={folder}") == 0
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["loss/preservation"]]
+    assert abs(float(rows[0]["loss/preservation"])) < 1e-6  # B begins as zero: the model is the original
+    assert float(rows[-1]["loss/preservation"]) > 1e-7
+
+
+def test_a_loss_that_compares_needs_a_whole_model_to_begin_with(tiny, tmp_path, capsys):
+    assert run(*tiny, "finetune=safe", f"run_dir={tmp_path / 'no'}") == 2
+    assert "init=MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_run_is_reproduced(tune, base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(*tune, "finetune=safe", "optimizer.layer_decay=0.7", "evaluators=none", f"run_dir={folder}") == 0
+    assert main(["reproduce", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert "reproduced" in captured.out and "warning: config" not in captured.err
+
+
+@pytest.mark.slow
+def test_two_ranks_fine_tune_as_one(tune, tmp_path):
+    common = [*tune, "finetune=safe", "evaluators=none"]
+    assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
+    ranks = ["trainer=ddp_cpu", *STEPS, f"run_dir={tmp_path / 'two'}"]
+    done = launch("-m", "mmpretrain", "train", *common, *ranks)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=2e-5), step
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
