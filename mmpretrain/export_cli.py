@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     report = export(args.format, args.model, args.out, args.tolerance)
     for output, error in report.errors.items():
         print(f"{output}: max abs error {error:.1e}")
-    print(f"{args.out} is a {args.format} model; what was compared is in {args.out / 'parity.json'}")
+    print(f"{args.out}: exported for {args.format}; what was compared is in {args.out / 'parity.json'}")
     return 0
 
 

@@ -46,6 +46,8 @@ class _Remembering:
 
     def __init__(self, encoder: nn.Module, rows: int) -> None:
         self.encoder, self.plain, self.rows = encoder, type(encoder).forward, rows
+        # An encoder that skips padding computes as much as its rows together have: alone, a row is of one shape.
+        self.piece = 1 if getattr(encoder, "skips_padding", False) else PIECE
         self.known: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def __call__(self, values: Tensor, mask: Tensor | None = None, *lengths: Any) -> Encoded:
@@ -61,8 +63,8 @@ class _Remembering:
                 length = self._length(given[key][1])
                 shapes.setdefault(length, []).append(key)
         for length, new in shapes.items():
-            for start in range(0, len(new), PIECE):
-                self._compute(length, new[start : start + PIECE], given)
+            for start in range(0, len(new), self.piece):
+                self._compute(length, new[start : start + self.piece], given)
         pooled = torch.stack([self.known[key] for key in keys])
         for key in given:
             self.known.move_to_end(key)
@@ -71,7 +73,7 @@ class _Remembering:
         return Encoded(pooled, pooled[:, None], None)
 
     def _length(self, real: Tensor) -> int:
-        """How many positions of a row are computed: all that are real, rounded up to a multiple of 8, in no case more."""
+        """How many positions of a row are computed: those that are real, rounded up to a multiple of 8."""
         if getattr(self.encoder, "reads_padding", False):
             return len(real)
         last = int(real.nonzero()[-1]) + 1 if bool(real.any()) else 1
@@ -80,7 +82,7 @@ class _Remembering:
 
     @torch.no_grad()
     def _compute(self, length: int, new: list[tuple[int, ...]], given: Mapping[tuple[int, ...], Any]) -> None:
-        rows = [*new, *[new[0]] * (PIECE - len(new))]
+        rows = [*new, *[new[0]] * (self.piece - len(new))]
         values, real = (torch.stack([_fitted(given[key][part], length) for key in rows]) for part in (0, 1))
         # Exact, and quicker: autocast would convert all frozen weights again for each piece.
         with torch.autocast(values.device.type, enabled=False):

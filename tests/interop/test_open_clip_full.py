@@ -18,11 +18,9 @@ from tests.interop.open_clip_models import Both, errors, filled, word_tokenizer
 SPECIALS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
 
 
-SLOW = {"ViT-L-14-336", "ViT-SO400M-14-SigLIP", "coca_ViT-L-14", "PE-Core-B-16"}
-
-
+@pytest.mark.full_size
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COMPARED])
+@pytest.mark.parametrize("name", COMPARED)
 def test_embeddings_of_a_full_size_model_are_open_clips(name, tmp_path, record_property):
     config = json.loads(config_files()[name].read_text(encoding="utf-8"))
     text = config["text_cfg"]

@@ -1,9 +1,9 @@
 """Fine-tuning on a shifted domain: naively the old task is forgotten, with what docs/finetuning.md offers far less.
 
 Data: the 1,797 real 8x8 scans inside scikit-learn. A small CLIP learns all ten digits; its old task is to name them on
-360 unseen scans. The new domain is scans moved up by two pixels, of the digits 0 to 4 only: what it never shows is lost
-easily. Measured, in points of the old task and of the new domain, from 93.9 and 29.4 %: naive -56 and +59; half way back
-(WiSE-FT) -33 and +54; adapters with preservation -20 and +44; half way back from those -5 and +25.
+360 unseen scans. The new domain is scans moved up by two pixels, of the digits 0 to 4 only: what it never shows is
+easily lost. Measured, in points of the old task and of the new domain, from 93.9 and 29.4 %: naive -56 and +59; half
+way back (WiSE-FT) -33 and +54; adapters with preservation -20 and +44; half way back from those -5 and +25.
 """
 
 from __future__ import annotations
