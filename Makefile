@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check test full-size learning faults bench bench-gpu docs
+.PHONY: help install check test fullsize learning faults bench bench-gpu docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -17,7 +17,7 @@ check:  ## format, lint and type checks; changes nothing
 test:  ## every test but those that train small models
 	$(PYTHON) -m pytest
 
-full-size:  ## only the comparisons of models of published sizes
+fullsize:  ## only the comparisons of models of published sizes
 	$(PYTHON) -m pytest -n 1 -m full_size
 
 learning:  ## only the tests that train a small model and check that it learned

@@ -94,15 +94,17 @@ _ADVICE = "add a package of your own with allow_targets=[your_package]"
 def build_saved(config: Any, allow: Sequence[str] = ()) -> Any:
     """Build a part of a saved model: only classes, only those of `MODEL_TARGETS` and of packages in `allow`.
 
-    Its config has no interpolations, which could read the environment: `InputError` for one.
+    Its config has no interpolations, which could read the environment, and asks for no other weights, which could be
+    fetched or lie anywhere: `InputError` for either.
     """
-    _refuse_interpolations(config, "")
+    refuse_interpolations(config)
     resolved = _resolved(config)
     for path, target in targets(resolved):
         homes = (*MODEL_TARGETS, *_packages(allow))
         found = check_target(target, path, allow)
         if not isinstance(found, type) or not _home(found).startswith(homes):
             raise InputError(f"{path} is {target!r}, which is not allowed in a saved model: it is no part of one")
+    _refuse_pretrained(resolved, "")
     return instantiate(resolved, allow=allow)
 
 
@@ -170,16 +172,30 @@ def _resolved(config: Any) -> Any:
     if not isinstance(config, (DictConfig, ListConfig)):
         config = OmegaConf.create(config, flags={"allow_objects": True})
     resolved = OmegaConf.to_container(config, resolve=True)
-    _refuse_interpolations(resolved, "")
+    refuse_interpolations(resolved)
     return resolved
 
 
-def _refuse_interpolations(config: Any, path: str) -> None:
+def refuse_interpolations(config: Any, path: str = "") -> None:
+    """Raise `InputError`, naming the key, for a value with `${`: in a stranger's config it could read anything."""
     for key, value in _items(config):
         where = f"{path}.{key}" if path else str(key)
         if isinstance(value, str) and "${" in value:
             raise InputError(f"{where} is an interpolation where none is read; write the value itself")
-        _refuse_interpolations(value, where)
+        refuse_interpolations(value, where)
+
+
+def _refuse_pretrained(config: Any, path: str) -> None:
+    """Raise `InputError` for any `pretrained` that is set, also by its position: weights would come from elsewhere."""
+    for key, value in _items(config):
+        where = f"{path}.{key}" if path else str(key)
+        if key == "pretrained" and value is not None and value is not False:
+            raise InputError(f"{where} is {value!r:.100} in a saved model, whose weights lie beside it; set it false")
+        if key == "_args_" and "_target_" in config:
+            built = get_object(config["_target_"])
+            if "pretrained" in inspect.signature(built).parameters:
+                raise InputError(f"{where} gives options by position in a saved model; give them by name")
+        _refuse_pretrained(value, where)
 
 
 def _items(config: Any) -> Iterator[tuple[Any, Any]]:

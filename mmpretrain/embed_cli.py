@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     import torch
 
-    from mmpretrain.embedding.parts import Store
+    from mmpretrain.embedding.parts import LOST, Store
     from mmpretrain.pretrained import load, locate
 
     for name in ("batch_size", "part_size", "processes"):
@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
         embed(store, Job(args.out, args.batch_size, args.workers, devices, args.allow), progress)
     skipped = store.skipped()
     print(f"{manifest.samples - skipped} of {manifest.samples} embedded, {manifest.embed_dim} numbers each: {args.out}")
+    if lost := len((args.out / LOST).read_text("utf-8").split("\n")) - 1 if (args.out / LOST).is_file() else 0:
+        print(f"damage to the shards took samples besides: {lost} places, in {args.out / LOST}", file=sys.stderr)
     if skipped:
         print(f"{skipped} skipped, listed with the reason in {args.out}/*.skipped.jsonl", file=sys.stderr)
     return 0

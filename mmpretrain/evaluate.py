@@ -23,6 +23,9 @@ from mmpretrain.evaluation.results import Measured, Results, Work, work
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.evaluation.tables import csv_text, flat, json_text, rows_of
 
+BESIDE = (".csv", ".html", ".parts")
+"""Suffixes of what a comparison writes beside its output."""
+
 
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Evaluate what `config.checkpoint` names (see configs/evaluate.yaml); return, and write on rank 0, the metrics.
@@ -32,9 +35,15 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """
     with joined(config.device) as device:
         given = [str(one) for one in config.checkpoint] if OmegaConf.is_list(config.checkpoint) else config.checkpoint
+        compares = not names_one(given) or config.get("benchmark") is not None
+        if compares and Path(config.output).suffix.lower() in BESIDE:
+            raise InputError(
+                f"output={config.output}: the table, the page and the parts are written beside the output, under its "
+                f"name with {', '.join(BESIDE)}; give a name that ends with .json"
+            )
         candidates = _candidates(given)
         build = partial(instantiate, allow=tuple(config.allow_targets))
-        if not names_one(given) or config.get("benchmark") is not None:
+        if compares:
             return _suite(config, candidates, str(device), build)
         output = Path(config.output)
         if of_rank_zero(output.exists() and not config.overwrite):

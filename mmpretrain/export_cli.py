@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     report = export(args.format, args.model, args.out, args.tolerance)
     for output, error in report.errors.items():
         print(f"{output}: max abs error {error:.1e}")
+    if report.said:
+        print(report.said)
     print(f"{args.out}: exported for {args.format}; what was compared is in {args.out / 'parity.json'}")
     return 0
 

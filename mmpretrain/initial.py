@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,30 @@ def check_identity(run: Path, sources: Sequence[Source]) -> None:
                 f"init={new['name']} is not what {run} began with: {', '.join(changed)} differ; give back the model as "
                 "it was, or another run_dir"
             )
+
+
+def check_adapted(layers: Iterable[str], sources: Sequence[Source], model: Mapping[str, Any]) -> None:
+    """Raise `InputError` where low-rank adapters go beside weights that nothing gave: those stay as they are drawn.
+
+    `layers` name what gets adapters; `model` is the config, in which `pretrained` says that an encoder loads weights.
+    """
+    parts = {name.split(".")[1] if name.startswith("encoders.") else "fusion" for name in layers}
+    given = {source.part for source in sources}
+    encoders = model.get("encoders") or {}
+    bare = sorted(part for part in parts if not given & {None, part} and not _pretrained(encoders.get(part)))
+    if bare:
+        raise InputError(
+            f"finetune.lora freezes all weights but the adapters, and those of {', '.join(bare)} would stay as they "
+            "are drawn at the start; give init=MODEL (or init.ENCODER=MODEL, or pretrained=true of an encoder), or "
+            "set finetune=none"
+        )
+
+
+def _pretrained(config: Any) -> bool:
+    """Whether a part's config says anywhere that weights are loaded."""
+    if isinstance(config, Mapping):
+        return any((key == "pretrained" and bool(value)) or _pretrained(value) for key, value in config.items())
+    return isinstance(config, list) and any(_pretrained(value) for value in config)
 
 
 def _sources(init: Any) -> Iterator[Source]:

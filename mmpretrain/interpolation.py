@@ -13,6 +13,7 @@ from mmpretrain.errors import InputError
 from mmpretrain.interop.names import check_keys
 from mmpretrain.pretrained import PARTS, load, model_folder, read_config, save
 from mmpretrain.provenance import changes
+from mmpretrain.training.manifest import digest
 
 TRAINING_ONLY = ("freeze", "gradient_checkpointing", "patch_drop_rate", "init", "pretrained")
 """Keys of a model's config that say how it is trained, not what it computes."""
@@ -80,7 +81,8 @@ def _compared(config: Any) -> Any:
     """Leave out of a part's config what does not change what it computes."""
     if isinstance(config, Mapping):
         kept = {key: value for key, value in config.items() if key not in TRAINING_ONLY}
-        if "path" in kept:  # a file in the folder of the model
-            kept["path"] = Path(str(kept["path"])).name
+        if "path" in kept:  # a file in the folder of the model: two of one name may differ
+            file = Path(str(kept["path"]))
+            kept["path"] = f"{file.name} (SHA-256 {digest(file)})" if file.is_file() else file.name
         return {key: _compared(value) for key, value in kept.items()}
     return config

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mmpretrain.errors import InputError
+from mmpretrain.folders import others, put_in_place
 from mmpretrain.types import Tokenizer
 
 if TYPE_CHECKING:
@@ -65,10 +66,11 @@ def save(
 ) -> Path:
     """Write a model folder: weights, the configs (`model`, `preprocess`, `tokenizer`) that build the parts, and a card.
 
-    The folder appears whole or not at all; an existing model folder is replaced, anything else refused with
-    `InputError`. A tokenizer's `path` is copied into the folder. `source` says on the identity card what the model was
-    made of or by. The folder is loaded once before it appears: `InputError` where the config builds another model than
-    the one given, or names classes of packages that are neither in the model nor in `allow`.
+    The folder appears whole or not at all; an existing model folder that holds nothing else is replaced, anything else
+    refused with `InputError`. A tokenizer's `path` is copied into the folder. `source` says on the identity card what
+    the model was made of or by. The folder is loaded once before it appears: `InputError` where the config builds
+    another model than the one given, names classes of packages that are neither in the model nor in `allow`, or where
+    the model makes NaN of a picture or text.
     """
     from omegaconf import OmegaConf
     from safetensors.torch import save_model
@@ -77,8 +79,8 @@ def save(
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise InputError(f"config lacks {', '.join(missing)}; give {{model: ..., preprocess: ..., tokenizer: ...}}")
-    if target.exists() and not (target / CONFIG).is_file():
-        raise InputError(f"{target} exists and is not a model folder; choose another path")
+    if target.exists():
+        _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -93,10 +95,7 @@ def save(
         save_model(model, str(temporary / WEIGHTS), metadata={"format": "pt"})
         _new_card(temporary, model, source, allow)
         temporary.chmod(0o755)
-        if target.exists():  # a folder cannot be replaced in one step: the old one stays whole until the new is there
-            target.rename(temporary.with_suffix(".old"))
-        temporary.replace(target)
-        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+        put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -194,14 +193,28 @@ def model_folder(path: Path) -> Path:
     raise InputError(f"{path} is not a model folder (no {WEIGHTS} with {CONFIG}); give runs/<experiment>/latest/model")
 
 
+def _check_replaceable(target: Path) -> None:
+    """Raise `InputError` unless `target` is a model folder that holds nothing but what was written with the model."""
+    from mmpretrain.hub import FILES, README, TRAINING
+
+    if not (target / CONFIG).is_file() or not (target / WEIGHTS).is_file():
+        raise InputError(f"{target} exists and is not a model folder (no {CONFIG} with {WEIGHTS}); choose another path")
+    if strange := others(target, {*FILES, README, TRAINING}):
+        more = f" and {len(strange) - 6} more" if len(strange) > 6 else ""
+        raise InputError(
+            f"{target} is not replaced: it holds {', '.join(strange[:6])}{more}, which is no part of a model; "
+            "move that away or choose another path"
+        )
+
+
 def _forget_pretrained(config: Any) -> None:
-    """Set every `pretrained` to false: the saved weights are all there is to load."""
+    """Set every `pretrained` to false, inside lists too: the saved weights are all there is to load."""
     from omegaconf import OmegaConf
 
-    for key in config:
+    for key in config if OmegaConf.is_dict(config) else range(len(config)):
         if key == "pretrained":
             config[key] = False
-        elif OmegaConf.is_dict(config[key]):
+        elif OmegaConf.is_config(config[key]):
             _forget_pretrained(config[key])
 
 

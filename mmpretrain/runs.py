@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from mmpretrain.training.checkpoint import newest, part, shapes
 from mmpretrain.training.folder import checkpoints, step_of
 from mmpretrain.training.folder import link as link_checkpoint
 from mmpretrain.training.manifest import MANIFEST, verify
+from mmpretrain.training.step_model import run_adapters, run_config
 
 _locks: dict[Path, IO[str]] = {}
 
@@ -189,6 +191,26 @@ def check_checkpoint(run: Run, module: nn.Module, max_steps: int) -> None:
         raise InputError(
             f"checkpoint {run.checkpoint} is at step {run.step} and training ends at {max_steps}: nothing is left to "
             "do; raise trainer.max_steps, or evaluate the model"
+        )
+
+
+def check_adapters(run: Run, lora: Mapping[str, Any] | None) -> None:
+    """Raise `InputError` where a checkpoint's run says another `finetune.lora`: tensors do not show rank and alpha.
+
+    A checkpoint that lies in no run folder any more says nothing of it.
+    """
+    if run.checkpoint is None or not run_config(Path(run.checkpoint)).is_file():
+        return
+    before, now = run_adapters(Path(run.checkpoint)) or {}, dict(lora or {})
+    other = [
+        f"{key}={before.get(key)}, now {now.get(key)}"
+        for key in sorted({*before, *now})
+        if key not in before or key not in now or before[key] != now[key]
+    ]
+    if other:
+        raise InputError(
+            f"checkpoint {run.checkpoint} was made with another finetune.lora: {'; '.join(other)}; give what it was "
+            "made with, or begin another run with init=MODEL"
         )
 
 

@@ -63,13 +63,14 @@ def _parser() -> argparse.ArgumentParser:
 def _embedded(manifest: Any, args: argparse.Namespace) -> Any:
     """Embed the query by the model of the embeddings: a unit vector (E,)."""
     from mmpretrain.data.decode import Image
-    from mmpretrain.embedding.run import embed_values, weights_digest
+    from mmpretrain.embedding.run import embed_values, model_digest
     from mmpretrain.pretrained import load, locate
 
     folder = locate(args.model or manifest.model)
-    if weights_digest(folder) != manifest.weights:
+    if model_digest(folder) != manifest.model_digest:
         raise InputError(
-            f"{folder} has other weights than the model of {args.index}; give that one with --model, or embed again"
+            f"{folder} is another model (weights, config or tokenizer) than that of {args.index}; "
+            "give that one with --model, or embed again"
         )
     pretrained = load(folder, allow=args.allow)
     if args.text is not None:

@@ -22,12 +22,12 @@ from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
 from mmpretrain.errors import InputError, LimitReached, Preempted, RunFailed
 from mmpretrain.evaluation import write_metrics
-from mmpretrain.initial import check_identity, fill, follow, identity
+from mmpretrain.initial import check_adapted, check_identity, fill, follow, identity
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
 from mmpretrain.provenance import given_overrides, manifest, record
 from mmpretrain.report import report_run
-from mmpretrain.runs import Run, check_checkpoint, open_run
+from mmpretrain.runs import Run, check_adapters, check_checkpoint, open_run
 from mmpretrain.training.assembly import Assembly, assemble
 from mmpretrain.training.checks import check_tokenizer
 from mmpretrain.training.compilation import check_place, uncompiled
@@ -73,13 +73,14 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     original = fill(model, sources, tuple(config.allow_targets))
     lora: Lora | None = None if config.finetune.lora is None else build(config.finetune.lora)
     if lora is not None:
-        lora.attach(model)
+        check_adapted(lora.attach(model), sources, resolved["model"])
     if config.finetune.remember:
         remember_frozen(model)
     module = training_module(config, model, step, build)
     module.preserve(original)
     run = open_run(config)
     check_identity(run.folder, sources)
+    check_adapters(run, resolved["finetune"]["lora"])
     check_checkpoint(run, module, config.trainer.max_steps)
     config.run_dir = str(run.folder)  # what loggers and config.yaml see
     data: DataModule = build(config.data.module)

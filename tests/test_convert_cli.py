@@ -11,13 +11,13 @@ import torch
 import mmpretrain
 from mmpretrain.cli import main
 from mmpretrain.convert_cli import IMPORTERS
-from tests.interop.openai_models import tiny_clip
+from tests.interop.openai_models import released, tiny_clip
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save(tiny_clip("resnet").state_dict(), path)
+    torch.save(released(tiny_clip("resnet")), path)
     return path
 
 

@@ -136,6 +136,17 @@ def test_what_cannot_be_evaluated_is_said(
     assert "is of no benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", ["csv", "html", "CSV", "parts"])
+def test_an_output_that_the_table_or_the_page_would_replace_is_refused(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    out = tmp_path / f"scores.{ending}"
+    arguments = [f"checkpoint={run / 'model'}", "benchmark=folder", f"benchmark_root={digits}", f"output={out}"]
+    assert evaluate(*arguments) == 2
+    assert "give a name that ends with .json" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_fashion_mnist_from_its_files_to_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

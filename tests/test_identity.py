@@ -19,7 +19,7 @@ from mmpretrain import InputError, identity, load, save
 from mmpretrain.cli import main
 from mmpretrain.config import instantiate
 from mmpretrain.identity.fields import options
-from mmpretrain.identity.golden import SIDES, picture
+from mmpretrain.identity.golden import SIDES, _apart, picture
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "global_pool": "token"}
 TEXT = {"vocab_size": 12, "eos_id": 1, "context_length": 16, "width": 32, "depth": 1, "num_heads": 2}
@@ -485,3 +485,8 @@ def test_saving_and_loading_say_nothing(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(folder)
+
+
+def test_nan_is_not_taken_for_nan():
+    broken = torch.full((2, 3), torch.nan)
+    assert "up to inf off" in str(_apart("text", broken, broken))

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import mmpretrain
 from mmpretrain.cli import main
+from mmpretrain.errors import InputError
+from mmpretrain.initial import Source, check_adapted
 from mmpretrain.training.lora import merge_adapter
 from tests.shard_sets import OVERRIDES
 from tests.test_train import launch
@@ -103,12 +105,14 @@ def test_an_encoder_of_a_saved_model_may_begin_another(tiny, base, tmp_path):
             assert not torch.equal(weights(folder)[name], tensor), name
 
 
-def test_adapters_are_resumed_merged_and_kept_alone(tune, base, tmp_path):
+def test_adapters_are_resumed_merged_and_kept_alone(tune, base, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     lora = [*tune, "finetune=lora", "finetune.lora.dropout=0.1", "evaluators=none"]
     assert run(*lora, f"run_dir={whole}") == 0
     first = ["trainer.max_steps=2", "scheduler.total_steps=4"]
     assert run(*lora, *first, f"run_dir={parts}") == 0
+    assert run(*lora, "finetune.lora.alpha=3", f"run_dir={parts}", "resume=auto") == 2
+    assert "alpha=16.0, now 3" in capsys.readouterr().err
     assert run(*lora, f"run_dir={parts}", "resume=auto") == 0
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     for name, tensor in weights(whole).items():
@@ -120,6 +124,24 @@ def test_adapters_are_resumed_merged_and_kept_alone(tune, base, tmp_path):
     ids = tuned.tokenizer(["red left 0", "blue top"])
     torch.testing.assert_close(tuned.model.embed("text", ids), started.model.embed("text", ids), rtol=0, atol=1e-5)
     assert not torch.equal(mmpretrain.load(base).model.embed("text", ids), tuned.model.embed("text", ids))
+
+
+def test_adapters_need_weights_to_lie_beside(tiny, tmp_path, capsys):
+    assert run(*tiny, "finetune=lora", f"run_dir={tmp_path / 'no'}") == 2
+    assert "those of image, text would stay as they are drawn" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_every_part_with_adapters_needs_weights():
+    layers = ["encoders.image.backbone.a", "encoders.text.b", "fusion.c"]
+    image, text = (Source(part, "x", Path("x")) for part in ("image", "text"))
+    check_adapted(layers, [image._replace(part=None)], {})
+    check_adapted(layers[:2], [image, text], {})
+    check_adapted(layers[:2], [text], {"encoders": {"image": {"pretrained": True}, "text": {"pretrained": False}}})
+    with pytest.raises(InputError, match="those of text would"):
+        check_adapted(layers[:2], [image], {"encoders": {"text": {"pretrained": False}}})
+    with pytest.raises(InputError, match="those of fusion would"):
+        check_adapted(layers, [image, text], {})
 
 
 def test_a_run_that_goes_on_must_begin_with_the_same_weights(tune, tiny, shards, base, tmp_path, capsys):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import mmpretrain
 from mmpretrain import InputError
 from mmpretrain.cli import main
+from mmpretrain.config import build_saved
 from mmpretrain.interpolation import between, interpolate
 
 MODEL = {
@@ -36,8 +40,6 @@ CONFIG = {
 
 
 def saved(folder, seed: int, **changed):
-    from mmpretrain.config import build_saved
-
     config = copy.deepcopy(CONFIG)
     config["model"] |= changed
     torch.manual_seed(seed)
@@ -74,3 +76,20 @@ def test_names_shapes_and_counters_must_be_the_same():
         between(zeros, {"a": torch.zeros(3), "n": torch.tensor([1])}, 0.5)
     with pytest.raises(InputError, match="n holds whole numbers"):
         between(zeros, {"a": torch.zeros(2), "n": torch.tensor([2])}, 0.5)
+
+
+def test_two_tokenizers_of_one_file_name_are_refused(tmp_path):
+    folders = []
+    for number, words in enumerate((["<pad>", "<end>", "cat", "dog"], ["<pad>", "<end>", "dog", "cat"])):
+        file = tmp_path / f"{number}" / "tokenizer.json"
+        file.parent.mkdir()
+        Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")).save(str(file))
+        tokenizer = {"_target_": "mmpretrain.data.tokenizer.HuggingFaceTokenizer", "path": str(file)}
+        tokenizer |= {"context_length": 16, "eos_token": "<end>", "pad_token": "<pad>"}
+        torch.manual_seed(number)
+        model = build_saved(copy.deepcopy(MODEL))
+        folders.append(mmpretrain.save(tmp_path / f"model{number}", model, {**CONFIG, "tokenizer": tokenizer}))
+    with pytest.raises(InputError, match=r"differ in tokenizer\.path: 'tokenizer.json \(SHA-256"):
+        interpolate(*folders, tmp_path / "c")
+    shutil.copytree(folders[0], tmp_path / "same")
+    interpolate(folders[0], tmp_path / "same", tmp_path / "c")

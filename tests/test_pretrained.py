@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import mmpretrain
-from mmpretrain import InputError, load, save
+from mmpretrain import InputError, load, pretrained, save
 from mmpretrain.config import instantiate
 
 MODEL = {
@@ -164,6 +164,60 @@ def test_a_failed_save_leaves_the_old_model(folder, monkeypatch):
         save(folder, model, CONFIG)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "checkpoints/step.txt", "tokenizer.json/x"])
+def test_a_folder_with_anything_else_is_not_replaced(name, folder):
+    model = load(folder).model
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("dear")
+    with pytest.raises(InputError, match="is not replaced: it holds"):
+        save(folder, model, CONFIG)
+    assert (folder / name).read_text() == "dear"
+
+
+def test_a_project_with_a_config_is_not_replaced(folder, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.yaml").write_text("mine: 1")
+    with pytest.raises(InputError, match="is not a model folder"):
+        save(tmp_path / "project", load(folder).model, CONFIG)
+    assert (tmp_path / "project" / "config.yaml").read_text() == "mine: 1"
+
+
+def test_a_model_folder_with_all_its_files_is_replaced(folder):
+    for name in ("README.md", "training.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    save(folder, load(folder).model, CONFIG)
+    assert not (folder / "README.md").exists()
+
+
+def test_a_saved_model_that_asks_for_other_weights_is_refused(folder):
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert "pretrained" not in saved.model.encoders.image
+    for change in ({"pretrained": True}, {"pretrained": "/elsewhere"}, {"pool": {"x": [{"pretrained": "yes"}]}}):
+        config = OmegaConf.merge(saved, {"model": {"encoders": {"image": change}}})
+        OmegaConf.save(config, folder / "config.yaml")
+        with pytest.raises(InputError, match=r"model|encoders\.image.*pretrained is .*in a saved model"):
+            load(folder)
+    config = OmegaConf.merge(saved, {"model": {"encoders": {"image": {"_args_": ["vit_tiny_patch16_224"]}}}})
+    OmegaConf.save(config, folder / "config.yaml")
+    with pytest.raises(InputError, match="by position in a saved model"):
+        load(folder)
+
+
+def test_save_forgets_pretrained_inside_lists_too():
+    config = OmegaConf.create({"a": [{"pretrained": True}, 3], "pretrained": "x", "b": {"pretrained": {"c": 1}}})
+    pretrained._forget_pretrained(config)
+    assert config == {"a": [{"pretrained": False}, 3], "pretrained": False, "b": {"pretrained": False}}
+
+
+def test_a_model_that_makes_nan_is_not_saved(folder, tmp_path):
+    model = load(folder).model
+    with torch.no_grad():
+        next(model.encoders["text"].parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match=r"NaN or infinity of the golden inputs \(text.embeddings\)"):
+        save(tmp_path / "broken", model, CONFIG)
+    assert not (tmp_path / "broken").exists()
 
 
 def test_import_is_light_and_the_public_list_is_real():

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from mmpretrain.errors import InputError
-from mmpretrain.runs import Run, check_checkpoint, open_run
+from mmpretrain.runs import Run, check_adapters, check_checkpoint, open_run
 from mmpretrain.training.checkpoint import save
 
 
@@ -139,6 +139,21 @@ def test_a_checkpoint_of_another_model_is_listed(tmp_path):
         check_checkpoint(Run(tmp_path / "a", path, 3), torch.nn.Linear(3, 4), 9)
     with pytest.raises(InputError, match=r"missing 2 \(0\.bias, 0\.weight\); extra 2 \(bias, weight\)"):
         check_checkpoint(Run(tmp_path / "a", path, 3), torch.nn.Sequential(torch.nn.Linear(3, 2)), 9)
+
+
+def test_a_checkpoint_goes_on_with_the_adapters_it_was_made_with(tmp_path):
+    folder = made(tmp_path / "a", 3)
+    run = Run(folder, str(folder / "checkpoints" / "step_00000003"), 3)
+    check_adapters(run, None)
+    with pytest.raises(InputError, match="alpha=None, now 16"):
+        check_adapters(run, {"rank": 2, "alpha": 16.0})
+    OmegaConf.save({"finetune": {"lora": {"rank": 2, "alpha": 16.0}}}, folder / "config.yaml")
+    check_adapters(run, {"rank": 2, "alpha": 16.0})
+    check_adapters(Run(folder, None), {"rank": 9})
+    with pytest.raises(InputError, match=r"another finetune.lora: alpha=16.0, now 8.0; give"):
+        check_adapters(run, {"rank": 2, "alpha": 8.0})
+    with pytest.raises(InputError, match="rank=2, now None"):
+        check_adapters(run, None)
 
 
 def test_at_the_last_step_only_a_finished_run_has_nothing_left(tmp_path):

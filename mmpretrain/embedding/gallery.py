@@ -26,6 +26,8 @@ def write_gallery(target: Path, query: str, hits: Sequence[Hit], manifest: Manif
         source = open_source(manifest.source, False, manifest.column, manifest.key_column)
         for number, hit in enumerate(hits):
             try:
+                if source.key(hit.item) != hit.key:
+                    continue  # pictures were added or taken away since
                 pictures[number] = _small({"__key__": hit.key, **source.read(hit.item)})
             except (OSError, ValueError, IndexError):
                 continue

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpretrain.embedding import row_names
 from mmpretrain.embedding.parts import MANIFEST, Rows, Store, iter_rows
+from mmpretrain.embedding.row_names import LINES, PLACES, RowNames, write_whole
 from mmpretrain.errors import InputError
 
 INDEX, ABOUT = "index.faiss", "index.json"
@@ -52,7 +52,7 @@ class VectorIndex:
 
     def __init__(self, store: Store, index: Any, about: About) -> None:
         self.store, self.index, self.about = store, index, about
-        self._starts: list[int] = []
+        self.names = RowNames(store.folder)
 
     @classmethod
     def open(cls, folder: Path) -> VectorIndex:
@@ -64,7 +64,7 @@ class VectorIndex:
             about = About(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return cls.build(folder)
-        if about.digest != _digest(store) or not (folder / INDEX).is_file():
+        if about.digest != _digest(store) or not all((folder / name).is_file() for name in (INDEX, LINES, PLACES)):
             return cls.build(folder)
         faiss = _faiss()
         flags = 0 if about.lists == 1 else faiss.IO_FLAG_MMAP  # what no query asks for stays on the disk
@@ -90,7 +90,7 @@ class VectorIndex:
             index.add(_float32(rows.embeddings))
         probes, recall = (1, 1.0) if lists == 1 else _choose_probes(store, index, count, lists)
         about = About(_digest(store), count, lists, probes, recall)
-        _write(folder, faiss, index, about)
+        _write(store, faiss, index, about)
         return cls(store, index, about)
 
     def search(self, query: NDArray[np.float32], k: int) -> list[Hit]:
@@ -98,21 +98,9 @@ class VectorIndex:
         if query.shape != (self.store.manifest.embed_dim,):
             raise InputError(f"the query has shape {query.shape}; expected ({self.store.manifest.embed_dim},)")
         scores, numbers = self.index.search(_float32(query[None]), min(k, self.about.embeddings))
-        return [
-            self._hit(float(score), int(number))
-            for score, number in zip(scores[0], numbers[0], strict=True)
-            if number >= 0
-        ]
-
-    def _hit(self, score: float, number: int) -> Hit:
-        if not self._starts:
-            total = 0
-            for rows in iter_rows(self.store):
-                self._starts.append(total)
-                total += len(rows.items)
-        part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        rows, at = self.store.read(part), number - self._starts[part]
-        return Hit(score, rows.items[at], rows.keys[at], rows.paths[at], rows.texts[at])
+        found = [(float(s), int(n)) for s, n in zip(scores[0], numbers[0], strict=True) if n >= 0]
+        names = self.names.read([number for _, number in found])
+        return [Hit(score, *name) for (score, _), name in zip(found, names, strict=True)]
 
 
 def _sample(store: Store, wanted: int, count: int) -> NDArray[np.float32]:
@@ -158,22 +146,13 @@ def _exact(store: Store, queries: NDArray[np.float32], k: int) -> NDArray[np.int
     return numbers
 
 
-def _write(folder: Path, faiss: Any, index: Any, about: About) -> None:
-    """Write the index, then what it is: the second is only there when the first is whole."""
-    (folder / ABOUT).unlink(missing_ok=True)
-    for name, write in (
-        (INDEX, lambda path: faiss.write_index(index, path)),
-        (ABOUT, lambda path: Path(path).write_text(json.dumps(about._asdict()) + "\n", encoding="utf-8")),
-    ):
-        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-        os.close(handle)
-        try:
-            write(temporary)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(folder / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+def _write(store: Store, faiss: Any, index: Any, about: About) -> None:
+    """Write names and index, then what it is: that is only there when all else is whole."""
+    (store.folder / ABOUT).unlink(missing_ok=True)
+    row_names.write(store)
+    text = json.dumps(about._asdict()) + "\n"
+    write_whole(store.folder / INDEX, lambda path: faiss.write_index(index, str(path)))
+    write_whole(store.folder / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _digest(store: Store) -> str:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from mmpretrain.errors import InputError
 
 MANIFEST = "embeddings.json"
+LOST = "lost.skipped.jsonl"
+"""What shards lost to damage: these samples have no number, so they are counted apart."""
 
 
 class Rows(NamedTuple):
@@ -31,11 +33,11 @@ class Rows(NamedTuple):
 class Manifest(NamedTuple):
     """What a folder of embeddings is of. Nothing is added to a folder unless all of this is the same.
 
-    `weights`: hash of the model's weights. `digest`: of the source. `dtype`: of the stored numbers.
+    `model_digest`: of the model folder's files. `digest`: of the source. `dtype`: of the stored numbers.
     """
 
     model: str
-    weights: str
+    model_digest: str
     modality: str
     embed_dim: int
     source: str
@@ -125,7 +127,7 @@ class Npy:
 
     def read(self, folder: Path, part: int) -> Rows:
         """Read a part."""
-        lines = (folder / f"part-{part:05}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / f"part-{part:05}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         named = [json.loads(line) for line in lines]
         items, keys, paths, texts = ([row[name] for row in named] for name in Rows._fields[:-1])
         return Rows(items, keys, paths, texts, np.load(folder / self.name(part), allow_pickle=False))
@@ -153,9 +155,9 @@ class Store:
                 said = "; ".join(f"{n} {getattr(old.manifest, n)!r}, now {getattr(manifest, n)!r}" for n in differ)
                 raise InputError(f"{folder} holds other embeddings ({said}); give another OUT, or --overwrite")
             if overwrite:
-                for path in [*folder.glob("part-*"), *folder.glob("index.*"), folder / MANIFEST]:
+                for path in [*folder.glob("part-*"), *folder.glob("index.*"), folder / LOST, folder / MANIFEST]:
                     path.unlink(missing_ok=True)
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(not path.match(".*.tmp") for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no {MANIFEST}; give an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.tmp"):  # of a killed run
@@ -182,12 +184,17 @@ class Store:
         """The parts that are still to be made."""
         return [part for part in range(self.manifest.parts) if not self.has(part)]
 
+    def write_lost(self, lost: list[dict[str, str]]) -> None:
+        """List the samples that damage took before they could be counted; an empty list leaves no file."""
+        if lost:
+            with _whole(self.folder / LOST) as temporary:
+                temporary.write_text(_lines(lost), encoding="utf-8")
+
     def write(self, part: int, rows: Rows, skipped: list[dict[str, str]]) -> None:
         """Write a part, and before it the list of what was left out."""
         if skipped:
             with _whole(self.folder / f"part-{part:05}.skipped.jsonl") as temporary:
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(_lines(skipped), encoding="utf-8")
         self.format.write(self.folder, part, rows)
 
     def read(self, part: int) -> Rows:
@@ -197,7 +204,11 @@ class Store:
     def skipped(self) -> int:
         """Count the samples that were left out."""
         files = self.folder.glob("part-*.skipped.jsonl")
-        return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        return sum(file.read_bytes().count(b"\n") for file in files)
+
+
+def _lines(rows: list[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from mmpretrain.embedding.parts import Manifest, Rows, Store
 from mmpretrain.embedding.sources import PICTURE, Source, open_source
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.embed import stacking
-from mmpretrain.pretrained import Pretrained, load
+from mmpretrain.pretrained import CONFIG, WEIGHTS, Pretrained, load
 from mmpretrain.types import Padded
 
 PICTURE_FIELDS = (PICTURE, "jpg", "jpeg", "png", "webp", "gif")
@@ -69,6 +68,9 @@ class Samples(Dataset[Done]):
 def embed(store: Store, job: Job, progress: Progress) -> None:
     """Make every part that is missing; raises `InputError` where none of the samples could be read."""
     missing = store.missing
+    manifest = store.manifest
+    source = open_source(manifest.source, manifest.modality == "text", manifest.column, manifest.key_column)
+    store.write_lost(source.lost())
     progress(store.manifest.samples - sum(len(store.manifest.items(part)) for part in missing))
     if len(job.devices) > 1 and len(missing) > 1:
         _embed_in_processes(store, job, missing, progress)
@@ -199,14 +201,14 @@ def _embed_in_processes(store: Store, job: Job, missing: Sequence[int], progress
             raise
 
 
-def weights_digest(folder: Path) -> str:
-    """Hash the weights of a model folder."""
-    from mmpretrain.pretrained import WEIGHTS
-
+def model_digest(folder: Path) -> str:
+    """Hash what the embeddings of a model folder depend on: config (preprocess, tokenizer), weights, vocabulary."""
     found = hashlib.sha256()
-    with (folder / WEIGHTS).open("rb") as file:
-        for block in iter(partial(file.read, 2**22), b""):
-            found.update(block)
+    for name in (CONFIG, WEIGHTS, "tokenizer.json"):
+        found.update(f"\n{name}\n".encode())
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
 
 
@@ -226,7 +228,7 @@ def manifest_of(
     opened = open_source(source, modality == "text", column, key_column)
     return Manifest(
         model=model,
-        weights=weights_digest(folder),
+        model_digest=model_digest(folder),
         modality=modality,
         embed_dim=embed_dim,
         source=source,

@@ -23,6 +23,9 @@ class Source(Protocol):
 
     digest: str
 
+    def lost(self) -> list[dict[str, str]]:
+        """List the samples that damage took, which have no number."""
+
     def __len__(self) -> int:
         """Count the samples."""
 
@@ -41,7 +44,16 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.files = folder, find_pictures(folder)
-        self.digest = _digest([self.key(i), file.stat().st_size] for i, file in enumerate(self.files))
+        for file in self.files:
+            try:
+                str(file).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{str(file)!a} has a name that is not UTF-8; rename it") from None
+        self.digest = _digest([self.key(i), *_state(file)] for i, file in enumerate(self.files))
+
+    def lost(self) -> list[dict[str, str]]:
+        """Nothing: a picture that cannot be read has a number."""
+        return []
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,6 +78,14 @@ class Shards:
         self.shards = [Shard(path) for path in expand(pattern)]
         self.ends = list(accumulate(len(shard) for shard in self.shards))
         self.digest = _digest([shard.name, len(shard), shard.digest] for shard in self.shards)
+
+    def lost(self) -> list[dict[str, str]]:
+        """What was found lost when the shards were indexed."""
+        return [
+            {"key": event.key or "", "path": event.shard, "reason": event.detail}
+            for shard in self.shards
+            for event in shard.events
+        ]
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -100,7 +120,15 @@ class Table:
         self.keys = [str(row[key_column]) if key_column else f"{i:09}" for i, row in enumerate(rows)]
         if not rows:
             raise InputError(f"{table} has no rows; expected one sample a row")
-        self.digest = _digest([key, str(cell)] for key, cell in zip(self.keys, self.cells, strict=True))
+        files = [
+            [] if is_text or isinstance(cell, ParquetCell) else _state(Path(self.path(i)))
+            for i, cell in enumerate(self.cells)
+        ]
+        self.digest = _digest([self.keys[i], str(cell), *files[i]] for i, cell in enumerate(self.cells))
+
+    def lost(self) -> list[dict[str, str]]:
+        """Nothing: a row that cannot be read has a number."""
+        return []
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -140,6 +168,15 @@ def open_source(source: str, is_text: bool, column: str | None = None, key_colum
             raise InputError(f"{source} is a folder of pictures; text comes from a table or from shards")
         return Folder(path)
     return Shards(source)
+
+
+def _state(file: Path) -> list[object]:
+    """Size and time of a file, nothing where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _digest(rows: Iterable[list[object]]) -> str:

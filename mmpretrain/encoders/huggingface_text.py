@@ -163,14 +163,16 @@ def _one_line(error: Exception) -> str:
 
 def _load(transformer: nn.Module, folder: Path) -> None:
     """Load the weights of a folder, whether they are those of the bare model or lie under a prefix such as `bert.`."""
+    from mmpretrain.interop.converted import as_float32
     from mmpretrain.interop.files import read_tensors
-    from mmpretrain.interop.names import check_keys
+    from mmpretrain.interop.names import check_keys, check_numbers
 
     given, own = read_tensors(folder), transformer.state_dict()
     first = next(iter(own))
     prefixes = [name.removesuffix(first) for name in given if name == first or name.endswith(f".{first}")]
     prefix = prefixes[0] if prefixes else ""
     # Heads, other towers and the pooling layer are left where they are: only what the encoder lacks is an error.
-    found = {name: given[prefix + name].float() for name in own if prefix + name in given}
+    found = as_float32({name: given[prefix + name] for name in own if prefix + name in given})
     check_keys(found, own, str(folder))
+    check_numbers(found, own, str(folder))
     transformer.load_state_dict(found)

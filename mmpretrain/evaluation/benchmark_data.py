@@ -138,7 +138,8 @@ def _address(root: str) -> str:
 
 
 def _lines(text: str | None) -> list[str] | None:
-    return None if text is None else [line.strip() for line in text.splitlines()]
+    """Split at line feeds alone: a name may hold what else Unicode calls the end of a line."""
+    return None if text is None else [line.strip() for line in text.removesuffix("\n").split("\n") if text]
 
 
 def _label(sample: Sample) -> int:
@@ -160,7 +161,7 @@ def _classes(sample: Sample) -> list[int]:
 
 def _captions(sample: Sample) -> list[str]:
     text = TextCaption("txt").captions(sample)[0]
-    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    captions = [line.strip() for line in text.split("\n") if line.strip()]
     if not captions:
         raise DecodeError(f"{name_of(sample, 'txt')}: no caption; expected one a line")
     return captions

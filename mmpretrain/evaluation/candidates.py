@@ -95,9 +95,11 @@ def _expanded(path: Path) -> list[Path]:
 
 def _candidate(path: Path, spec: str) -> Candidate:
     if is_step(path):
-        from mmpretrain.training.step_model import run_parts
+        from mmpretrain.training.step_model import run_adapters, run_parts
 
-        parts = json.dumps(run_parts(path), sort_keys=True)
+        adapters = run_adapters(path)  # their scale decides what weights the model has
+        described = run_parts(path) if adapters is None else {**run_parts(path), "lora": adapters}
+        parts = json.dumps(described, sort_keys=True)
         identity = _hash([parts.encode(), (path / MANIFEST).read_bytes()])
         run = path.parents[1]
         return Candidate(f"{_short(run)}@{step_of(path)}", _short(run), step_of(path), identity, str(path))

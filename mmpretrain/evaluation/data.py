@@ -113,10 +113,18 @@ class ShardCaptions(Dataset[tuple[Tensor, list[str]]]):
 
 
 class Samples:
-    """The samples of several shards, numbered through."""
+    """The samples of several shards, numbered through; `InputError` where damage cost some of them."""
 
     def __init__(self, shards: str | Sequence[str], cache_dir: str | os.PathLike[str] | None) -> None:
         self.shards = [Shard(path, cache_dir) for path in expand(shards)]
+        for shard in self.shards:
+            if shard.lost:  # a number measured on fewer samples is another number
+                first = shard.events[0] if shard.events else None
+                what = "" if first is None else f" (byte {first.offset}, sample {first.key!r}: {first.detail})"
+                raise InputError(
+                    f"{shard.name} is damaged: {shard.lost} of its samples are lost{what}; restore the shard, or write "
+                    "a sound one of the samples that are left"
+                )
         self.ends = list(accumulate(len(shard) for shard in self.shards))
         if not self.ends or self.ends[-1] == 0:
             raise InputError(f"the shards {shards!r} hold no sample; check the path")

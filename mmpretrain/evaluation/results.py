@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmpretrain.data.cache import REMOTE, local_path, scheme_of
+from mmpretrain.data.patterns import expand
+from mmpretrain.errors import InputError
 from mmpretrain.evaluation.candidates import Candidate
 from mmpretrain.evaluation.output import write_whole
 
@@ -40,12 +44,12 @@ def work(data_set: str, task: str, config: Mapping[str, Any], device: str) -> Wo
     """Describe a piece of work by the config of its evaluator, without interpolations.
 
     The key holds that config (but for `SPEED`), the kind of device, this package's version, and of every local file or
-    folder that the config names, the names, sizes and times of the files.
+    folder that the config names, as such or by a pattern, the names, sizes and times of the files.
     """
     from mmpretrain import __version__
 
     plain = json.loads(json.dumps(config))
-    files = {path: state_of(Path(path)) for path in sorted(set(_paths(plain))) if Path(path).exists()}
+    files = {path: state_of(Path(path)) for path in sorted(set(_paths(plain)))}
     key = {
         "data_set": data_set,
         "task": task,
@@ -114,10 +118,21 @@ def _without_speed(config: Any) -> Any:
 
 
 def _paths(config: Any) -> Iterator[str]:
-    """Yield every text in a config that may be a path: one with a separator."""
+    """Yield all that exists of what a config's texts name: paths, and patterns of shards; `~` is the home folder."""
     if isinstance(config, str):
-        if os.sep in config and "://" not in config:
-            yield config
+        yield from _existing(os.path.expanduser(config))  # noqa: PTH111 (a text need not be a path)
     elif isinstance(config, (dict, list)):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _paths(value)
+
+
+def _existing(text: str) -> list[str]:
+    if os.path.exists(text):  # noqa: PTH110 (Path.exists raises for a text that is too long for a path)
+        return [text]
+    if not ("{" in text or glob.has_magic(text) or text.startswith("file:")):
+        return []
+    try:
+        paths = [str(local_path(shard)) for shard in expand(text) if scheme_of(shard) not in REMOTE]
+    except (InputError, OSError, ValueError):  # a sentence with a place for a name, most likely
+        return []
+    return [path for path in paths if os.path.exists(path)]  # noqa: PTH110

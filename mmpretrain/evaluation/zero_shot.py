@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmpretrain.distributed import rank, sum_over_ranks, world_size
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation.classification import check_ks, classification_metrics, labels_of
+from mmpretrain.evaluation.classification import check_ks, class_hits_of, classification_metrics, labels_of
 from mmpretrain.evaluation.embed import DataFactory, check_finite, embed_texts, similarities
 from mmpretrain.evaluation.features import image_features
 from mmpretrain.evaluation.multi_label import mean_average_precision, multi_hot
@@ -53,23 +53,17 @@ def class_hits(
 ) -> tuple[Tensor, Tensor]:
     """Count per class, over all ranks: top-k hits (len(ks),K) and samples (K,).
 
-    A hit has its label among the k nearest classes. images (N,E), classifier (K,E), labels (N,) int64 in [0,
-    K), the same on every rank; each rank scores its share in chunks. Raises `InputError` where an embedding
-    is not finite.
+    A hit has its label among the k nearest classes; ties count against the model. images (N,E), classifier (K,E),
+    labels (N,) int64 in [0, K), the same on every rank; each rank scores its share, which may be empty, in chunks.
+    Raises `InputError` where an embedding is not finite.
     """
-    from torchmetrics.functional.classification import multiclass_stat_scores
-
     classes = len(classifier)
     check_finite(images)
     check_finite(classifier)
     mine, own = images[rank() :: world_size()], labels.to(images.device)[rank() :: world_size()]
     totals = torch.zeros(len(ks), classes, dtype=torch.int64, device=images.device)
     for chunk, label in zip(torch.split(mine, chunk_size), torch.split(own, chunk_size), strict=True):
-        scores = similarities(chunk, classifier)
-        for row, k in enumerate(ks):
-            # Columns: true positives, false positives, true negatives, false negatives, samples of the class.
-            found = multiclass_stat_scores(scores, label, classes, average="none", top_k=min(k, classes))
-            totals[row] += found.view(classes, 5)[:, 0]
+        totals += class_hits_of(similarities(chunk, classifier), label, ks)
     return sum_over_ranks(totals), torch.bincount(labels, minlength=classes)
 
 

@@ -50,11 +50,17 @@ def write_card(
     """Write the card of the model folder `folder`, whose parts on the CPU are `parts`, built by `config`.
 
     `model` is what the folder was saved from: `InputError` where it lies on the CPU in float32 and makes other
-    embeddings. In half precision or on another device it computes otherwise, and is not compared.
+    embeddings. In half precision or on another device it computes otherwise, and is not compared. `InputError` too for
+    golden outputs that are not finite.
     """
     from safetensors.torch import save
 
     made = golden_outputs(parts)
+    if broken := [name for name, tensor in made.tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(
+            f"the model makes NaN or infinity of the golden inputs ({', '.join(broken)}); nothing could be verified; "
+            "save weights from before it broke"
+        )
     if model is not None and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters()):
         wrong = other_vectors(made, parts._replace(model=model))
         if wrong is not None:

@@ -144,7 +144,7 @@ def _unlike(then: Tensor, now: Tensor) -> str | None:
 def _apart(name: str, then: Tensor, now: Tensor) -> str | None:
     if then.shape != now.shape:
         return f"golden vectors: {name} embeddings are {list(now.shape)}, the card's {list(then.shape)}"
-    if torch.allclose(then, now, rtol=0, atol=TOLERANCE, equal_nan=True):
+    if torch.allclose(then, now, rtol=0, atol=TOLERANCE):
         return None
     apart = (then - now).abs().nan_to_num(torch.inf).max().item()
     return f"golden vectors: {name} embeddings are up to {apart:.1e} off the card's, over {TOLERANCE:.0e}"

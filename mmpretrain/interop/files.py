@@ -26,7 +26,7 @@ OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors
 NAMES = (*OPEN_CLIP, *HUGGINGFACE)
 """What the weights of a folder may be called, the first that is there is taken: safetensors before pickles."""
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys of a checkpoint under which trainers keep the weights, beside optimizer and step."""
+"""Keys of a checkpoint under which trainers keep the weights, beside optimizer and step; only one may be there."""
 PREFIXES = ("module.", "_orig_mod.")
 """What DDP and torch.compile put before every name."""
 MOST_INDEX = 2**26
@@ -40,10 +40,13 @@ def read_tensors(path: str | Path, names: Sequence[str] = NAMES) -> dict[str, Te
     `names`: what that file may be called, best first; some folders hold the same model for two libraries.
 
     Tensors stay as they are saved (half precision too). Weights wrapped by a trainer ({"state_dict": ...}, names that
-    begin with `module.`) are unwrapped. Raises `InputError` for a format that is not read, for what is damaged, and for
-    a pickle that wants to run code.
+    begin with `module.`) are unwrapped. Raises `InputError` for a format that is not read, for what is damaged, for a
+    checkpoint with several sets of weights (a moving average, say), and for a pickle that wants to run code.
     """
-    file = weights_file(Path(path), names)
+    return _without_prefixes(_read(weights_file(Path(path), names)))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         start = opened.read(9)
     if file.name.endswith(".index.json"):
@@ -98,10 +101,15 @@ def _read_index(path: Path) -> dict[str, Tensor]:
     for name in files:
         if not (path.parent / name).is_file():
             raise InputError(f"{path} names {name}, which is not there; fetch all {len(files)} files")
-        found |= read_tensors(path.parent / name)
-    if found.keys() != places.keys():
-        wrong = sorted(found.keys() ^ places.keys())
-        raise InputError(f"{path} and its files do not agree on {', '.join(wrong[:6])} ({len(wrong)} names in all)")
+        here = _read(path.parent / name)
+        wanted = {key for key, place in places.items() if place == name}
+        if here.keys() != wanted:  # a second copy of a tensor, perhaps with other numbers, is wrong too
+            wrong = sorted(here.keys() ^ wanted)
+            raise InputError(
+                f"{path} and {name} do not agree on {', '.join(wrong[:6])} ({len(wrong)} names in all): a file must "
+                "hold what weight_map says, no less and no more; fetch the files again"
+            )
+        found |= here
     return found
 
 
@@ -136,20 +144,53 @@ def _load(path: Path) -> Any:
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    if isinstance(content, Mapping):
+        content = _unwrapped(content, path)
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path} holds no dictionary of tensors but {type(content).__name__}; {ADVICE}")
     strange = [str(key) for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if strange:
         raise InputError(f"{path} is no dictionary of tensors: {', '.join(strange[:6])} are something else; {ADVICE}")
-    weights = {name: _plain(name, tensor, path) for name, tensor in content.items()}
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    return {name: _plain(name, tensor, path) for name, tensor in content.items()}
+
+
+def _unwrapped(content: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
+    """Return what lies under the one key of `WRAPPERS` that is there; which of several is meant nobody can know."""
+    mappings = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+    inside = [key for key in mappings if _bare_names(content[key])] or mappings[:1]
+    if not inside:
+        return content
+    names = _bare_names(content[inside[0]])
+    # Under any key: `state_dict_ema` and the like hold the same names.
+    twins = [
+        str(key) for key, value in content.items() if key != inside[0] and not names.isdisjoint(_bare_names(value))
+    ]
+    several = [*inside, *(key for key in twins if key not in inside)]
+    if len(several) > 1:
+        raise InputError(
+            f"{path} holds several sets of weights: {', '.join(several)}; save the one that is meant alone, as a "
+            "dictionary of tensors"
+        )
+    found: Mapping[Any, Any] = content[inside[0]]
+    return found
+
+
+def _bare_names(content: Any) -> set[str]:
+    """Return the names of the tensors in a mapping, without what DDP and torch.compile put before them."""
+    if not isinstance(content, Mapping):
+        return set()
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return set(_without_prefixes(tensors))
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what stands before every name, in any order and as often as it is there."""
+    while tensors:
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:

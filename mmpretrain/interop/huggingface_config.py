@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mmpretrain.errors import InputError
+from mmpretrain.interop.huggingface_fields import check_kinds, section
+
+MAX_JSON = 2**24
+"""Bytes of the largest JSON that is read; a config has a few thousand."""
 
 Config = dict[str, Any]
 
@@ -86,14 +90,15 @@ class Towers:
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         kind = config.get("model_type")
-        if kind not in DEFAULTS:
+        if not isinstance(kind, str) or kind not in DEFAULTS:
             raise InputError(f"{source}: model_type is {kind!r}; expected one of {', '.join(DEFAULTS)}")
         self.type: str = kind
         self.source = source
         self.text, self.vision = (
-            _half(config, DEFAULTS[kind][half], half) for half in ("text_config", "vision_config")
+            _half(config, DEFAULTS[kind][half], half, source) for half in ("text_config", "vision_config")
         )
         self.top: Config = {**DEFAULTS[kind]["top"], **config}
+        check_kinds(self.top, DEFAULTS[kind]["top"], f"{source}: config")
 
     def activation(self, half: Config, name: str) -> str:
         """Our name of the activation of one half."""
@@ -107,9 +112,11 @@ def read_json(path: Path) -> Config:
     """Read a JSON object; raises `InputError` where the file is not there or holds something else."""
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; copy it there with the other files of the model")
+    if path.stat().st_size > MAX_JSON:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_JSON}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}; expected a JSON object")
@@ -198,7 +205,8 @@ def _image_encoder(towers: Towers) -> Config:
 
 def _check_vision(towers: Towers) -> None:
     vision, eps = towers.vision, TIMM_EPS[towers.type]
-    side = round(vision.get("num_patches", 1) ** 0.5)
+    places = vision.get("num_patches", 1)
+    side = round(places**0.5) if isinstance(places, int) else 0
     tests = {
         f"layer_norm_eps {vision['layer_norm_eps']}, expected {' or '.join(map(str, eps))}": vision["layer_norm_eps"]
         in eps,
@@ -213,11 +221,20 @@ def _check_vision(towers: Towers) -> None:
         raise InputError(f"{towers.source}: vision_config has {'; '.join(lacking)}; such a model cannot be converted")
 
 
-def _half(config: Mapping[str, Any], defaults: Config, name: str) -> Config:
+def _half(config: Mapping[str, Any], defaults: Config, name: str, source: str) -> Config:
     """Return one half with its defaults; an old `text_config_dict` wins over `text_config`, as in transformers."""
-    half = {**defaults, **(config.get(name) or {})}
-    old = config.get(f"{name}_dict")
-    return half if old is None else {**half, **defaults, **old}
+    half = {**defaults, **section(config, name, source)}
+    if config.get(f"{name}_dict") is not None:
+        half = {**half, **defaults, **section(config, f"{name}_dict", source)}
+    single = ("patch_size", "image_size", "num_patches")  # whose lists have an error of their own
+    checked = {key: x for key, x in defaults.items() if key not in single or not isinstance(half[key], list)}
+    check_kinds(half, checked, f"{source}: {name}")
+    if half["hidden_size"] % half["num_attention_heads"]:
+        raise InputError(
+            f"{source}: {name} has hidden_size {half['hidden_size']}, which {half['num_attention_heads']} heads "
+            "(num_attention_heads) cannot share equally"
+        )
+    return half
 
 
 def _ratio(half: Config) -> float:

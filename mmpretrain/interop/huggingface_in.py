@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from mmpretrain.errors import InputError
 from mmpretrain.interop.converted import Converted, as_float32
 from mmpretrain.interop.files import HUGGINGFACE, read_tensors
 from mmpretrain.interop.huggingface_config import Towers, our_model, read_json
-from mmpretrain.interop.huggingface_names import NOT_WEIGHTS, TABLES
+from mmpretrain.interop.huggingface_names import IMAGE, NOT_WEIGHTS, TABLES, TEXT
 from mmpretrain.interop.huggingface_preprocess import read_preprocess
 from mmpretrain.interop.huggingface_tokenizer import read_tokenizer
 from mmpretrain.interop.names import to_ours
@@ -27,6 +28,7 @@ def from_folder(path: str | Path) -> Converted:
         raise InputError(f"{folder} is no folder; give one with config.json and the weights beside it")
     towers = Towers(read_json(folder / "config.json"), f"{folder / 'config.json'}")
     weights = from_weights(read_tensors(folder, HUGGINGFACE), towers.type, str(folder))
+    _check_depths(weights, towers)
     pictures = read_preprocess(folder, towers.type, towers.vision.get("image_size"))
     texts = read_tokenizer(folder, towers.type, towers.text["max_position_embeddings"])
     config = {
@@ -35,6 +37,18 @@ def from_folder(path: str | Path) -> Converted:
         "tokenizer": texts.tokenizer,
     }
     return Converted(config, weights, f"huggingface:{folder.name}")
+
+
+def _check_depths(weights: dict[str, Tensor], towers: Towers) -> None:
+    """Raise `InputError` where the config claims more layers than there are, before anything is built of them."""
+    for name, half, prefix in (("vision_config", towers.vision, IMAGE), ("text_config", towers.text, TEXT)):
+        blocks = re.compile(rf"{re.escape(prefix)}blocks\.(\d+)\.")
+        found = {match[1] for key in weights if (match := blocks.match(key))}
+        if half["num_hidden_layers"] > len(found):
+            raise InputError(
+                f"{towers.source}: {name} has {half['num_hidden_layers']} layers (num_hidden_layers) and the weights "
+                f"{len(found)}; they are of another model, or not complete"
+            )
 
 
 def from_weights(tensors: dict[str, Tensor], model_type: str, source: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmpretrain.errors import InputError
@@ -19,7 +20,7 @@ from mmpretrain.interop.huggingface_tokenizer_out import write_tokenizer
 from mmpretrain.interop.names import to_theirs
 from mmpretrain.interop.out_folder import new_folder
 from mmpretrain.interop.parity import Parity, check
-from mmpretrain.interop.samples import Samples, batched, normalized, real_ids, samples
+from mmpretrain.interop.samples import Reading, Samples, batched, normalized, read_files, real_ids, samples
 from mmpretrain.interop.towers import normalization
 from mmpretrain.pretrained import Pretrained, load, locate, read_config
 
@@ -36,11 +37,13 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     described = describe(pretrained.model, getattr(pretrained.tokenizer, "start_id", None), pretrained.tokenizer.pad_id)
     stated = read_config(locate(folder))["model"]["encoders"]["image"]
     settings = their_preprocess(pretrained.preprocess, *normalization(pretrained.model.encoders["image"], stated))
-    with new_folder(out) as temporary:
+    with new_folder(out, "huggingface") as temporary:
         _write(temporary, pretrained, described, settings)
         given = samples(pretrained.preprocess)
         outputs = _compare(transformers, temporary, pretrained, described, settings, given)
-        found = check(outputs, tolerance, given.described(), "huggingface", ["transformers"])
+        files = _files(transformers, temporary, pretrained.preprocess, described, settings, given)
+        packages = ["transformers"]
+        found = check(outputs | files.outputs, tolerance, given.described(), "huggingface", packages, files.notes)
         found.write(temporary)
     return found
 
@@ -123,13 +126,34 @@ def _pixels(
     transformers: Any, out: Path, preprocess: Any, described: Described, settings: Config, given: Samples
 ) -> tuple[Tensor, Tensor]:
     """Pixels of their image processor, the one that resizes with PIL, and of ours, files read as theirs does."""
-    kind = settings["image_processor_type"]
-    processor = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
-    found = processor.from_pretrained(out, local_files_only=True)(images=given.images, return_tensors="pt")
+    found = _processor(transformers, out, settings)(images=given.images, return_tensors="pt")
     ours = copy.copy(preprocess)
     ours.read = "rgb"  # a centre at half a pixel is rounded otherwise
     pictures = normalized([ours(image) for image in given.images], settings["image_mean"], settings["image_std"])
     return found["pixel_values"], _images(pictures, described, settings)["pixel_values"]
+
+
+def _files(
+    transformers: Any, out: Path, preprocess: Any, described: Described, settings: Config, given: Samples
+) -> Reading:
+    """Pixels of odd files by their image processor, and by our preprocessing as it is."""
+    processor = _processor(transformers, out, settings)
+
+    def theirs(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def ours(image: Image.Image) -> Tensor:
+        pictures = normalized([preprocess(image)], settings["image_mean"], settings["image_std"])
+        return _images(pictures, described, settings)["pixel_values"]
+
+    return read_files(given, theirs, ours, same=preprocess.read == "rgb")
+
+
+def _processor(transformers: Any, out: Path, settings: Config) -> Any:
+    kind = settings["image_processor_type"]
+    processor = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+    return processor.from_pretrained(out, local_files_only=True)
 
 
 def _images(pictures: list[Tensor], described: Described, settings: Config) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.encoders.image import CLIP_MEAN, CLIP_STD
 from mmpretrain.errors import InputError
 from mmpretrain.interop.huggingface_config import Config, read_json
+from mmpretrain.interop.huggingface_fields import colours, is_count, is_number
 
 FILE, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -32,6 +33,20 @@ DEFAULTS: dict[str, Config] = {
 """What the image processor of a `model_type` does where its file says nothing."""
 
 
+CLASSES = {"CLIPImageProcessor": "clip", "SiglipImageProcessor": "siglip", "Siglip2ImageProcessor": "siglip2"}
+"""Image processors that are known, without the endings of their variants, and whose defaults they have."""
+NAMES = ("image_processor_type", "feature_extractor_type")
+"""Where a file says its class; the first wins."""
+FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
+KNOWN = (
+    *("image_mean", "image_std", "size", "crop_size", "resample", "rescale_factor", "patch_size", "max_num_patches"),
+    *(*FLAGS, *NAMES, "processor_class", "default_to_square"),
+    # what is said of the call, not of the pixels
+    *("_valid_processor_keys", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
+)
+"""Settings that are read, or change no pixel."""
+
+
 class Pictures(NamedTuple):
     """How a model takes pictures: the config of our preprocessing, and what the encoder normalises by."""
 
@@ -47,15 +62,17 @@ def read_preprocess(folder: Path, model_type: str, image_size: int | None) -> Pi
     not have, and for pictures of another size.
     """
     given = _file(folder)
-    settings = {**DEFAULTS[model_type], **given}
     source = f"{folder / FILE}"
+    kind = _kind(given, model_type, source)
+    settings = {**DEFAULTS[kind], **given}
+    _check(settings, kind, source)
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if not settings.get(name, True)]
     if off or abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise InputError(f"{source}: {', '.join(off) or 'another rescale_factor than 1/255'} is not supported here")
     if settings["resample"] not in RESAMPLE:
         raise InputError(f"{source}: resample is {settings['resample']!r}; supported are 2 (bilinear) and 3 (bicubic)")
     interpolation = RESAMPLE[settings["resample"]]
-    mean, std = list(settings["image_mean"]), list(settings["image_std"])
+    mean, std = (colours(settings[name], name, source) for name in ("image_mean", "image_std"))
     if image_size is None:
         found = {
             "_target_": "mmpretrain.data.naflex.NaFlexPreprocess",
@@ -115,16 +132,44 @@ def _file(folder: Path) -> Config:
     return found
 
 
+def _kind(given: Mapping[str, Any], model_type: str, source: str) -> str:
+    """Return the key of `DEFAULTS` for the class that a file names, else for the model."""
+    named = next((given[name] for name in NAMES if given.get(name)), None)
+    if named is None:
+        return model_type
+    base = str(named).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    kind = CLASSES.get(base)
+    if kind is None or (kind == "siglip2") != (model_type == "siglip2"):
+        fits = [name for name, key in CLASSES.items() if (key == "siglip2") == (model_type == "siglip2")]
+        raise InputError(f"{source}: the image processor is {named!r}; for {model_type} expected {' or '.join(fits)}")
+    return kind
+
+
+def _check(settings: Config, kind: str, source: str) -> None:
+    """Raise `InputError` for a step that is not known, and for values of another kind than theirs."""
+    if unknown := [f"{name}={value!r}" for name, value in settings.items() if name not in KNOWN and value]:
+        raise InputError(f"{source} has {', '.join(unknown)[:200]}, which our preprocessing does not have")
+    if wrong := [name for name in FLAGS if not isinstance(settings.get(name), bool | None)]:
+        raise InputError(f"{source}: {', '.join(wrong)} must be true or false")
+    numbers = [*(["rescale_factor"] if "rescale_factor" in settings else []), "resample"]
+    numbers += ["patch_size", "max_num_patches"] if kind == "siglip2" else []
+    if wrong := [name for name in numbers if not is_number(settings[name])]:
+        raise InputError(f"{source}: {wrong[0]} is {settings[wrong[0]]!r}; expected a number")
+
+
 def _resize(settings: Mapping[str, Any], source: str) -> tuple[int, str]:
     """Return image size and kind of resizing; only those that give a square picture."""
     size, crop = settings["size"], settings.get("crop_size")
-    if isinstance(size, int):  # of old files
-        size = {"shortest_edge": size}
-    if isinstance(crop, int):
+    if is_count(size):  # of old files
+        squared = settings.get("default_to_square", not settings["do_center_crop"])
+        size = {"height": size, "width": size} if squared else {"shortest_edge": size}
+    if is_count(crop):
         crop = {"height": crop, "width": crop}
+    if not isinstance(size, Mapping) or not (crop is None or isinstance(crop, Mapping)):
+        raise InputError(f"{source}: size is {size!r} and crop_size {crop!r}; expected numbers, or sides by name")
     if set(size) == {"shortest_edge"} and settings["do_center_crop"] and crop is not None:
         side = size["shortest_edge"]
-        if crop["height"] == crop["width"] == side:
+        if crop.get("height") == crop.get("width") == side:
             return side, "crop"
     squashed = set(size) == {"height", "width"} and size["height"] == size["width"]
     if squashed and (not settings["do_center_crop"] or crop == size):

@@ -61,6 +61,15 @@ def write_tokenizer(tokenizer: Any, folder: Path, reads_padding: bool, cleans: b
     _write_json(folder / "tokenizer_config.json", {**settings, **common, "clean_up_tokenization_spaces": False})
 
 
+def clip_steps() -> tuple[normalizers.Normalizer, pre_tokenizers.PreTokenizer]:
+    """What transformers' CLIPTokenizer does to a text, whatever a tokenizer.json says."""
+    cleaned = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    return cleaned, pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
 def _clip_tokenizer(tokenizer: ClipTokenizer, folder: Path, reads_padding: bool) -> tuple[Tokenizer, Config]:
     if reads_padding and tokenizer.pad_id != tokenizer.eos_id:
         raise InputError(
@@ -76,12 +85,7 @@ def _clip_tokenizer(tokenizer: ClipTokenizer, folder: Path, reads_padding: bool)
     made = Tokenizer(
         models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=CLIP_END)
     )
-    # The steps that transformers' CLIPTokenizer takes, whatever a tokenizer.json says.
-    made.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.normalizer, made.pre_tokenizer = clip_steps()
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.RobertaProcessing(
         (CLIP_END, vocabulary[CLIP_END]),

@@ -98,8 +98,14 @@ def _renamed(tensors: Mapping[str, Tensor], ways: Sequence[Way], other: str) -> 
             if lacking := [part for part in names if part not in left]:
                 missing += lacking
                 continue
-            values = convert(tuple(left.pop(part) for part in names))
-            found |= {_filled(template, match): value for template, value in zip(made, values, strict=True)}
+            taken = tuple(left.pop(part) for part in names)
+            ours = [_filled(template, match) for template in made]
+            try:
+                found |= dict(zip(ours, convert(taken), strict=True))
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:  # too few rows or dimensions
+                shapes = ", ".join(f"{part} {tuple(x.shape)}" for part, x in zip(names, taken, strict=True))
+                message = f"{other}: wrong shapes {shapes}; {', '.join(ours)} cannot be made of them"
+                raise InputError(message) from error
     for name in left:  # a second partner, say, whose first is not there
         for given in (given for _, given, _, _ in patterns if len(given) > 1):
             matches = [re.fullmatch(_pattern(template), name) for template in given]
@@ -128,6 +134,27 @@ def check_keys(
         raise InputError(
             f"{source} does not fit the model: missing {_listed(missing)}; extra {_listed(extra)}; "
             f"wrong shapes {_listed(shapes)}"
+        )
+
+
+def check_numbers(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Raise `InputError` for weights of the same names that are no finite floats where `expected` has floats.
+
+    Quantised integers need scales that are not here, and complex numbers would lose their imaginary part.
+    """
+    floats = [name for name in sorted(set(given) & set(expected)) if expected[name].is_floating_point()]
+    kinds = [
+        f"{name} ({str(given[name].dtype).removeprefix('torch.')})"
+        for name in floats
+        if not given[name].is_floating_point()
+    ]
+    kinds += [f"{name} (complex)" for name in sorted(given) if name not in floats and given[name].is_complex()]
+    if kinds:
+        raise InputError(f"{source} holds weights that are no floats: {_listed(kinds)}; save the model in float32")
+    if broken := [name for name in floats if not given[name].isfinite().all()]:
+        raise InputError(
+            f"{source} holds NaN or infinity (in float32) in {_listed(broken)}; take weights from before the model "
+            "broke, or a file that is not damaged"
         )
 
 

@@ -35,7 +35,7 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     _check_packages()
     pretrained = load(folder)
     encoders = cases(pretrained)
-    with new_folder(out) as temporary:
+    with new_folder(out, "onnx") as temporary:
         outputs: dict[str, tuple[Tensor, Tensor]] = {}
         for case in encoders:
             path = temporary / f"{case.modality}.onnx"

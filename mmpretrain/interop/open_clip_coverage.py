@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from mmpretrain.errors import InputError
+from mmpretrain.interop.converted import expected
 from mmpretrain.interop.names import check_keys, to_ours, to_theirs
 from mmpretrain.interop.open_clip_config import describe
-from mmpretrain.interop.open_clip_in import config_files, expected
+from mmpretrain.interop.open_clip_in import config_files
 
 _ROBERTA = {
     "hidden_size": 768,

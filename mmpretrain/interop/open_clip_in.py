@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmpretrain.encoders.image import CLIP_MEAN, CLIP_STD
 from mmpretrain.errors import InputError
-from mmpretrain.interop.converted import Converted, as_float32
+from mmpretrain.interop.converted import Converted, as_float32, expected
 from mmpretrain.interop.files import read_tensors
 from mmpretrain.interop.names import check_keys, to_ours
 from mmpretrain.interop.open_clip_config import Described, describe
@@ -97,15 +97,6 @@ def from_config(
         "tokenizer": _tokenizer(described, folder),
     }
     return Converted(parts, ours, source)
-
-
-def expected(model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return names and shapes of the weights of a model config, without making any."""
-    from mmpretrain.config import build_saved
-
-    with torch.device("meta"):
-        state: dict[str, Tensor] = build_saved(model).state_dict()
-    return state
 
 
 def packaged(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

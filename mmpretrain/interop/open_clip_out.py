@@ -21,7 +21,7 @@ from mmpretrain.interop.open_clip_in import CONFIG, RESIZE
 from mmpretrain.interop.open_clip_names import BACKBONE
 from mmpretrain.interop.out_folder import new_folder
 from mmpretrain.interop.parity import Parity, check
-from mmpretrain.interop.samples import Samples, batched, normalized, samples
+from mmpretrain.interop.samples import Samples, batched, normalized, read_files, samples
 from mmpretrain.interop.towers import normalization
 from mmpretrain.pretrained import Pretrained, load, locate, read_config
 from mmpretrain.types import Padded
@@ -43,14 +43,21 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     config = describe(pretrained.model, stated)
     mean, std = normalization(pretrained.model.encoders["image"], stated)
     preprocess = _preprocess(pretrained.preprocess, mean, std)
-    with new_folder(out) as temporary:
+    with new_folder(out, "open_clip") as temporary:
         _write_tokenizer(pretrained, temporary, config["text_cfg"])
         content = {"model_cfg": config, "preprocess_cfg": preprocess}
         (temporary / CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")
         _write_weights(pretrained, temporary / WEIGHTS, config)
         given = samples(pretrained.preprocess)
-        outputs = _compare(open_clip, temporary, pretrained, given, normalized(given.pictures, mean, std))
-        found = check(outputs, tolerance, given.described(), "open_clip", ["open_clip_torch"])
+        outputs, transform = _compare(open_clip, temporary, pretrained, given, normalized(given.pictures, mean, std))
+        files = read_files(
+            given,
+            transform,
+            lambda image: normalized([pretrained.preprocess(image)], mean, std)[0],
+            same=pretrained.preprocess.read == "stored",
+        )
+        packages = ["open_clip_torch"]
+        found = check(outputs | files.outputs, tolerance, given.described(), "open_clip", packages, files.notes)
         found.write(temporary)
     return found
 
@@ -124,8 +131,8 @@ def _fold_patch_bias(weights: dict[str, Tensor], keep: bool) -> None:
 
 def _compare(
     open_clip: Any, out: Path, pretrained: Pretrained, given: Samples, pictures: list[Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run open_clip on the written folder, and ours: name of the output -> (theirs, ours)."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Any]:
+    """Run open_clip on the written folder, and ours: name of the output -> (theirs, ours); and its transform."""
     try:
         theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{out}")
     except (RuntimeError, ValueError, TypeError) as error:  # names or shapes that differ; a config it refuses
@@ -150,7 +157,7 @@ def _compare(
         }
         if model.fusion is not None:
             found["captions"] = _captions(theirs, model, batched(preprocess, given.pictures), images, texts, ids)
-    return found
+    return found, transform
 
 
 def _padded(tokenizer: Any, texts: Padded, ids: Tensor) -> Tensor:

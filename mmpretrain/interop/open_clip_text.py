@@ -110,8 +110,11 @@ def _attention(text: Mapping[str, Any], prefix: str, eos_id: int | None) -> dict
         return {"pooling": "class_token", "class_mask": "legacy"}
     if kind == "last":
         return {"causal": causal, "pooling": "last"}
-    if kind == "argmax" and (eos_id is not None or text["vocab_size"] != CLIP_VOCABULARY):
-        raise refused(f"text_cfg.pool_type={kind!r}", "the largest id is known to end a text only in CLIP's vocabulary")
+    if eos_id is None and not text["hf_tokenizer_name"]:
+        eos_id = CLIP_VOCABULARY - 1
+    if kind == "argmax" and eos_id != text["vocab_size"] - 1:
+        why = "the largest id is known to end a text only in CLIP's vocabulary, or where it is the last one"
+        raise refused(f"text_cfg.pool_type={kind!r}", why)
     if kind == "eos" and eos_id is not None and eos_id != text["eos_id"]:
         raise refused(f"text_cfg.eos_id={text['eos_id']}", f"the tokenizer ends a text with {eos_id}")
     if kind not in ("argmax", "eos"):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmpretrain.errors import InputError
@@ -19,7 +20,8 @@ from mmpretrain.interop.modified_resnet import resnet_encoder, resnet_projection
 from mmpretrain.interop.names import Table, to_ours
 from mmpretrain.interop.open_clip_names import PATCHES, RESNET, SCALARS, VIT, text, text_projection, vit_norm
 
-EXTRAS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+SIZES = ("input_resolution", "context_length", "vocab_size")
+EXTRAS = (*SIZES, "attn_mask")
 """In some files beside the weights: three sizes, and the mask of the text encoder."""
 HEAD_WIDTH = 64
 VOCABULARY = 49_408
@@ -33,6 +35,7 @@ def from_state_dict(weights: Mapping[str, Tensor], source: str = "openai:") -> C
     Raises `InputError` for weights of another kind, and for a vocabulary that is not CLIP's.
     """
     given = {name: tensor for name, tensor in weights.items() if name not in EXTRAS}
+    _check_origin(weights, source)
     sizes = _Sizes(given, source)
     if VIT_MARK in given:
         image_size, encoder, table = _vit(sizes)
@@ -63,6 +66,18 @@ def from_state_dict(weights: Mapping[str, Tensor], source: str = "openai:") -> C
     }
     ours = to_ours(given, [*table, *text(), *text_projection(), *SCALARS], source)
     return Converted(config, as_float32(ours), source)
+
+
+def _check_origin(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise `InputError` for weights under OpenAI's names that are not of its files: exact GELU may belong to them."""
+    if VIT_MARK not in weights and RESNET_MARK not in weights:
+        return  # of no such kind at all, which is said elsewhere
+    half = any(tensor.dtype == torch.float16 for tensor in weights.values())
+    if not half and not any(name in weights for name in SIZES):
+        raise InputError(
+            f"{source} has no half-precision weights and none of {', '.join(SIZES)}, as OpenAI's files do: it is of "
+            "open_clip, whose activation no weight tells. Give open_clip:NAME --weights FILE"
+        )
 
 
 class _Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,28 +10,53 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmpretrain.errors import InputError
+from mmpretrain.folders import others, put_in_place
 from mmpretrain.interop.parity import REPORT
 
 
 @contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
+def new_folder(out: str | Path, target: str) -> Iterator[Path]:
     """Give an empty folder beside `out`, which becomes `out` when the block ends without an exception.
 
-    An earlier export (a folder with a parity report) is replaced; for anything else that is there: `InputError`.
+    An earlier export for the same `target` is replaced where it holds nothing but the files that its parity report
+    lists; for anything else that is there: `InputError`.
     """
-    target = Path(out)
-    if target.exists() and not (target / REPORT).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists and is no earlier export (no {REPORT}); choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = temporary.with_suffix(".old")
+    place = Path(out)
+    _check_replaceable(place, target)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         yield temporary
+        _list_files(temporary)
         temporary.chmod(0o755)
-        if target.exists():  # a folder cannot be replaced in one step: the old one stays whole until the new is there
-            target.rename(old)
-        temporary.replace(target)
+        _check_replaceable(place, target)  # somebody may have put a file there in the meantime
+        put_in_place(temporary, place)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(place: Path, target: str) -> None:
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    advice = "choose another folder, or remove it yourself"
+    if not (place / REPORT).is_file():
+        raise InputError(f"{place} exists and is no earlier export (no {REPORT}); {advice}")
+    try:
+        report = json.loads((place / REPORT).read_text(encoding="utf-8"))
+        before, files = str(report["target"]), {str(name) for name in report["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{place / REPORT} does not list the files of an earlier export; {advice}") from error
+    if before != target:
+        raise InputError(f"{place} is an export for {before}, not for {target}; {advice}")
+    if strange := others(place, {REPORT, *files}):
+        more = f" and {len(strange) - 6} more" if len(strange) > 6 else ""
+        raise InputError(f"{place} holds {', '.join(strange[:6])}{more}, which no export wrote; {advice}")
+
+
+def _list_files(folder: Path) -> None:
+    """Add the names of all files to the parity report, so that a later export knows what it may replace."""
+    report = folder / REPORT
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    content = json.loads(report.read_text(encoding="utf-8"))
+    report.write_text(json.dumps({**content, "files": files}, indent=1), encoding="utf-8")

@@ -27,6 +27,7 @@ class Parity(NamedTuple):
 
     `target`: the format, or the library that ran the other side. `errors`: output -> max abs error. `inputs`: what both
     sides were given, as JSON: seed, shapes, whatever is needed to give it again. `versions`: package -> version.
+    `notes`: differences (max abs) that are known and not held against the tolerance.
     """
 
     target: str
@@ -34,6 +35,14 @@ class Parity(NamedTuple):
     tolerance: float
     inputs: dict[str, Any]
     versions: dict[str, str]
+    notes: dict[str, float] | None = None
+
+    @property
+    def said(self) -> str:
+        """The notes in a sentence, empty where there is nothing to say."""
+        found = {name: error for name, error in (self.notes or {}).items() if not error <= self.tolerance}
+        listed = ", ".join(f"{name} differ by up to {error:.2g}" for name, error in found.items())
+        return f"{self.target} reads some files otherwise than this model: {listed} (normalised)" if found else ""
 
     @property
     def largest(self) -> float:
@@ -43,7 +52,7 @@ class Parity(NamedTuple):
     def write(self, folder: str | Path) -> Path:
         """Write `parity.json` into an existing folder, whole or not at all."""
         path = Path(folder) / REPORT
-        content = {**self._asdict(), "largest": self.largest}
+        content = {**self._asdict(), "notes": self.notes or {}, "largest": self.largest}
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -62,11 +71,13 @@ def check(
     inputs: Mapping[str, Any],
     target: str,
     packages: Iterable[str] = (),
+    notes: Mapping[str, float] | None = None,
 ) -> Parity:
     """Compare pairs (theirs, ours) of outputs that must be equal, in float64.
 
-    `packages` are further ones whose versions the report names. Raises `InputError` where an output has another shape,
-    is not finite or is further away than `tolerance` (max abs), saying which and by how much; and for no outputs.
+    `packages` are further ones whose versions the report names; `notes` are not held against `tolerance`. Raises
+    `InputError` where an output has another shape, is not finite or is further away than `tolerance` (max abs), saying
+    which and by how much; and for no outputs.
     """
     if not outputs:
         raise InputError(f"{target}: no output was compared, so nothing is known of it")
@@ -79,7 +90,7 @@ def check(
             f"{target}: {len(wrong)} of {len(errors)} outputs differ by more than {tolerance:g}: "
             f"{'; '.join(said)}{more}. Nothing was kept; the exported model does not compute what this one does"
         )
-    return Parity(target, errors, tolerance, dict(inputs), versions([*PACKAGES, *packages]))
+    return Parity(target, errors, tolerance, dict(inputs), versions([*PACKAGES, *packages]), dict(notes or {}))
 
 
 def max_abs_error(theirs: Tensor, ours: Tensor) -> float:

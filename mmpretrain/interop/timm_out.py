@@ -39,7 +39,7 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     stated = _stated(folder)
     mean, std = normalization(encoder, stated)
     config = _config(encoder, stated, pretrained.preprocess, mean, std)
-    with new_folder(out) as temporary:
+    with new_folder(out, "timm") as temporary:
         _write(temporary, config, encoder)
         given = samples(pretrained.preprocess)
         outputs = _compare(temporary, encoder, normalized(given.pictures, mean, std))

@@ -23,7 +23,7 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     """
     pretrained = load(folder)
     encoders = cases(pretrained)
-    with new_folder(out) as temporary:
+    with new_folder(out, "torch_export") as temporary:
         outputs: dict[str, tuple[Tensor, Tensor]] = {}
         for case in encoders:
             path = temporary / f"{case.modality}.pt2"

@@ -16,8 +16,11 @@ from mmpretrain.types import Outputs
 
 def preservation_loss(embeddings: Tensor, original: Tensor) -> Tensor:
     """Mean over rows of 1 - cosine (half the squared distance) between unit embeddings (B,E) and the original's."""
-    distances: Tensor = 1 - torch.linalg.vecdot(embeddings, original)
-    return distances.mean()
+    # A small distance is what half precision loses of a cosine near 1.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        precision = torch.promote_types(embeddings.dtype, torch.float32)
+        distances: Tensor = 1 - torch.linalg.vecdot(embeddings.to(precision), original.to(precision))
+        return distances.mean()
 
 
 def similarity_preservation_loss(

@@ -152,15 +152,17 @@ def merge_adapter(model: MultimodalModel, folder: str | Path) -> None:
         for name, tensor in load_file(Path(folder) / WEIGHTS).items()
     }
     layers = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
+    if weights.keys() != {f"{layer}.lora_{part}" for layer in layers for part in "AB"}:
+        raise InputError(f"{folder} holds other tensors than pairs of A and B; it is no plain low-rank adapter")
     parameters = dict(model.named_parameters())
     for layer in layers:
-        weight, change = parameters.get(f"{layer}.weight"), weights[f"{layer}.lora_B"] @ weights[f"{layer}.lora_A"]
-        if weight is None or weight.shape != change.shape:
+        weight, a, b = parameters.get(f"{layer}.weight"), weights[f"{layer}.lora_A"], weights[f"{layer}.lora_B"]
+        if weight is None or weight.shape != (len(b), a.shape[-1]) or a.shape[0] != b.shape[-1]:
             raise InputError(f"{folder} is an adapter of another model: {layer} is missing here, or of another shape")
-        with torch.no_grad():
-            weight.add_((lora.scale * change).to(weight))
-    if len(weights) != 2 * len(layers):
-        raise InputError(f"{folder} holds more than pairs of A and B; it is no plain low-rank adapter")
+    with torch.no_grad():  # only now that all is known to fit
+        for layer in layers:
+            weight = parameters[f"{layer}.weight"]
+            weight.add_((lora.scale * (weights[f"{layer}.lora_B"] @ weights[f"{layer}.lora_A"])).to(weight))
 
 
 def attention_layers(module: nn.Module) -> Iterator[str]:

@@ -55,7 +55,7 @@ def run_parts(path: Path) -> dict[str, dict[str, Any]]:
 
     from mmpretrain.yaml_files import check_yaml
 
-    file = path.parents[1] / "config.yaml"
+    file = run_config(path)
     try:
         check_yaml(file)
         config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -68,6 +68,31 @@ def run_parts(path: Path) -> dict[str, dict[str, Any]]:
     except Exception as error:  # YAML's, OmegaConf's and the codec's errors share no base
         raise InputError(f"{file} does not describe a run: {type(error).__name__}: {error!s:.200}") from error
     return {name: _without_pretrained(part) for name, part in parts.items()}
+
+
+def run_config(path: Path) -> Path:
+    """Return where the config of a checkpoint's run lies."""
+    return path.resolve().parents[1] / "config.yaml"
+
+
+def run_adapters(path: Path) -> dict[str, Any] | None:
+    """Read `finetune.lora` of a checkpoint's run: what rank and alpha its adapters have; None where it trains none.
+
+    Raises `InputError` where the config cannot be read.
+    """
+    from omegaconf import OmegaConf
+
+    from mmpretrain.yaml_files import check_yaml
+
+    file = run_config(path)
+    try:
+        check_yaml(file)
+        config = OmegaConf.load(file)
+        options: Any = OmegaConf.select(config, "finetune.lora")
+        found: Any = None if options is None else OmegaConf.to_container(options, resolve=True)
+    except Exception as error:  # YAML's, OmegaConf's and the codec's errors share no base
+        raise InputError(f"{file} does not describe a run: {type(error).__name__}: {error!s:.200}") from error
+    return None if found is None else dict(found)
 
 
 def step_weights(path: Path) -> dict[str, Tensor]:
@@ -118,17 +143,14 @@ def _without_adapters(weights: dict[str, Tensor], path: Path) -> dict[str, Tenso
     """Merge low-rank adapters, where the run trains some, into the weights that they lie beside."""
     if not any(".lora_A." in name for name in weights):
         return weights
-    from omegaconf import OmegaConf
-
     from mmpretrain.training.lora import Lora
 
-    file = path.parents[1] / "config.yaml"
-    options: Any = OmegaConf.select(OmegaConf.load(file), "finetune.lora")  # the file was checked when it was read
+    options = run_adapters(path)
     if options is None:
         raise InputError(
-            f"{path} holds low-rank adapters, of which {file} says nothing; leave checkpoints in their run"
+            f"{path} holds low-rank adapters, of which {run_config(path)} says nothing; leave checkpoints in their run"
         )
-    return Lora(rank=int(options.rank), alpha=float(options.alpha)).merged(weights)
+    return Lora(rank=int(options["rank"]), alpha=float(options["alpha"])).merged(weights)
 
 
 def _without_pretrained(config: Any) -> Any:

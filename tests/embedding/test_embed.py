@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from mmpretrain import InputError, load, save
 from mmpretrain.cli import main
 from mmpretrain.config import instantiate
 from mmpretrain.embedding.index import iter_embeddings
-from mmpretrain.embedding.parts import MANIFEST, Store
+from mmpretrain.embedding.parts import LOST, MANIFEST, Store
 from tests.shard_sets import write_pictures
 from tests.test_pretrained import CONFIG, MODEL
 
@@ -141,3 +143,59 @@ def test_wrong_input_is_said_before_anything_is_written(model, pictures, tmp_pat
 def test_a_folder_without_embeddings_is_said_to_be_one(tmp_path):
     with pytest.raises(InputError, match="holds no embeddings"):
         Store.open(tmp_path)
+
+
+def test_what_damage_took_from_a_shard_is_counted(model, tmp_path, capsys):
+    shards = write_pictures(tmp_path / "shards")
+    for shard in sorted(shards.glob("*.tar"))[1:]:
+        shard.unlink()
+    tar = shards / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    assert main(["embed", str(model), str(shards), str(tmp_path / "out")]) == 0
+    assert "damage to the shards took samples besides" in capsys.readouterr().err
+    assert (tmp_path / "out" / LOST).read_text()
+
+
+def test_other_pictures_of_the_same_name_are_another_source(model, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("image\nx.png\n")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.png")
+    assert main(["embed", str(model), str(table), str(tmp_path / "out")]) == 0
+    Image.effect_noise((30, 30), 50).save(tmp_path / "x.png")
+    assert main(["embed", str(model), str(table), str(tmp_path / "out")]) == 2
+    assert "holds other embeddings (digest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_texts_with_odd_line_ends_stay_one_row(model, tmp_path, form):
+    table = tmp_path / "table.jsonl"
+    texts = ["a\u2028dog", "a\x85cat", "bird"]
+    table.write_text("".join(json.dumps({"caption": text}) + "\n" for text in texts))
+    out = tmp_path / "out"
+    assert main(["embed", str(model), str(table), str(out), "--modality", "text", "--format", form]) == 0
+    (rows,) = iter_embeddings(out)
+    assert rows.texts == texts
+
+
+def test_a_model_whose_preprocessing_changed_is_another_model(model, pictures, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    assert main(["embed", str(copy), str(pictures), str(tmp_path / "out")]) == 0
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text() + "# touched\n")
+    assert main(["embed", str(copy), str(pictures), str(tmp_path / "out")]) == 2
+    assert "model_digest" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8_is_said_before_any_work(model, tmp_path, capsys):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "a.png").rename(os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    assert main(["embed", str(model), str(folder), str(tmp_path / "out")]) == 2
+    assert "has a name that is not UTF-8; rename it" in capsys.readouterr().err
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(model, pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".embeddings.json.x.tmp").write_text("")
+    assert main(["embed", str(model), str(pictures), str(tmp_path / "out")]) == 0

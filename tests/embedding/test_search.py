@@ -106,4 +106,15 @@ def test_what_cannot_be_searched_is_said(embedded, model, tmp_path, capsys):  # 
     assert "lacks 1 of 4 parts; run the same `mmpretrain embed` again" in capsys.readouterr().err
     store_of(tmp_path / "other", vectors(5, 16))
     assert main(["search", str(tmp_path / "other"), "x", "--model", str(model)]) == 2
-    assert "has other weights than the model" in capsys.readouterr().err
+    assert "is another model (weights, config or tokenizer)" in capsys.readouterr().err
+
+
+def test_a_picture_that_moved_is_not_shown_under_another_name(model, tmp_path):  # noqa: F811
+    folder, page = tmp_path / "p", tmp_path / "page.html"
+    folder.mkdir()
+    for name in "bcd":
+        Image.effect_noise((20, 20), 20 + ord(name)).save(folder / f"{name}.png")
+    assert main(["embed", str(model), str(folder), str(tmp_path / "out")]) == 0
+    Image.new("RGB", (20, 20), "red").save(folder / "a.png")
+    assert main(["search", str(tmp_path / "out"), "--image", str(folder / "d.png"), "--html", str(page)]) == 0
+    assert "data:image/webp" not in page.read_text()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -123,3 +125,12 @@ def test_other_mistakes_are_named():
         encoder()(torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(InputError, match="no pooling layer of its own"):
         encoder(T5, pooling="pooler")
+
+
+def test_pretrained_weights_that_are_no_floats_are_refused(tmp_path):
+    encoder = HuggingFaceTextEncoder(BERT, 12)
+    weights = encoder.transformer.state_dict()
+    name = next(iter(weights))
+    save_file({**weights, name: (weights[name] * 100).to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=rf"no floats: {re.escape(name)} \(int8\)"):
+        HuggingFaceTextEncoder(BERT, 12, pretrained=tmp_path)

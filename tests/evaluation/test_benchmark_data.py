@@ -161,3 +161,15 @@ def test_wrong_targets(tmp_path: Path, kind: str, sample: dict[str, bytes], mess
     (tmp_path / "dataset_type.txt").write_text(kind)
     with pytest.raises(DecodeError, match=message):
         READ(tmp_path)[0]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    caption = "a cat\u2028on a mat\x0b\x85here"
+    write_shards(
+        tmp_path / "test", [{"png": png(scans()[0][0]), "txt": f"{caption}\r\nsecond\n".encode(), "cls": b"0"}]
+    )
+    (tmp_path / "dataset_type.txt").write_text("retrieval")
+    assert READ(tmp_path)[0][1] == [caption, "second"]
+    (tmp_path / "dataset_type.txt").write_text("classification")
+    (tmp_path / "classnames.txt").write_bytes(f"{caption}\r\ndog\n".encode())
+    assert READ(tmp_path).classes == [caption, "dog"]

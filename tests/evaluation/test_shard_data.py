@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image as PILImage
@@ -12,7 +15,7 @@ from PIL import Image as PILImage
 from mmpretrain.data.decode import Image, JsonCaption, JsonValue, TextCaption
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation import Retrieval, ShardCaptions, ShardClassification, ZeroShotClassification
+from mmpretrain.evaluation import BenchmarkData, Retrieval, ShardCaptions, ShardClassification, ZeroShotClassification
 from tests.evaluation.toy import pretrained
 
 COLOURS = ["red", "lime", "blue", "red", "lime"]
@@ -102,3 +105,19 @@ def test_missing_parts(shards: str, tmp_path: Path) -> None:
         pass
     with pytest.raises(InputError, match="no sample can be read"):
         ShardCaptions(str(tmp_path / "empty.tar"), transform=Preprocess(4))
+
+
+@pytest.mark.parametrize("build", [ShardClassification, ShardCaptions, BenchmarkData])
+def test_a_damaged_shard_is_refused_not_scored_without_its_samples(
+    shards: str, tmp_path: Path, build: Callable[..., Any]
+) -> None:
+    (tmp_path / "test").mkdir()
+    for number in range(2):
+        shutil.copy(tmp_path / f"{number}.tar", tmp_path / "test")
+    (tmp_path / "test" / "nshards.txt").write_text("2")
+    given = tmp_path if build is BenchmarkData else str(tmp_path / "test")
+    assert len(build(given, transform=Preprocess(4))) == 5
+    damaged = tmp_path / "test" / "1.tar"
+    damaged.write_bytes(damaged.read_bytes()[:4608])  # ends after the picture and a piece of the next sample
+    with pytest.raises(InputError, match=r"1\.tar is damaged: \d+ of its samples are lost \(byte \d+"):
+        build(given, transform=Preprocess(4))

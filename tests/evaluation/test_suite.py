@@ -19,7 +19,7 @@ from mmpretrain.config import instantiate
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.benchmark import places, works_of
 from mmpretrain.evaluation.candidates import find
-from mmpretrain.evaluation.results import Results, state_of, work
+from mmpretrain.evaluation.results import Results, work
 from tests.evaluation.digits import write_digits
 from tests.evaluation.suite_example import measure, save_model, save_run, task
 from tests.ranks import run_ranks
@@ -143,15 +143,6 @@ def test_a_damaged_file_is_no_result(models: list[str], tmp_path: Path, damage: 
     (path,) = tmp_path.rglob("*.json")
     path.write_text(damage)
     assert results.load(one, done) is None
-
-
-def test_the_state_of_files(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "0.tar").write_bytes(b"1")
-    first = state_of(tmp_path)
-    assert state_of(tmp_path) == first != state_of(tmp_path / "a" / "0.tar")
-    os.utime(tmp_path / "a" / "0.tar", (1, 1))
-    assert state_of(tmp_path) != first
 
 
 def test_models_are_found_by_folder_run_checkpoint_and_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

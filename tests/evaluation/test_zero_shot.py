@@ -49,6 +49,19 @@ def test_hits_match_brute_force_and_scikit_learn(chunk_size: int) -> None:
     assert float((hits[0][:6] / counts[:6]).mean()) == pytest.approx(expected)
 
 
+def test_ties_count_against_the_model() -> None:
+    """A model that gives everything the same embedding knows nothing, whatever the order of the classes."""
+    images, classifier = normalize(torch.ones(5, 4), dim=-1), normalize(torch.ones(3, 4), dim=-1)
+    for label in range(3):
+        hits, counts = class_hits(images, classifier, torch.full((5,), label), (1, 2, 3))
+        assert hits.sum(dim=1).tolist() == [0, 0, 5] and counts[label] == 5
+
+
+def test_a_rank_without_a_picture_counts_none() -> None:
+    hits, counts = class_hits(torch.zeros(0, 4), torch.eye(3, 4), torch.zeros(0, dtype=torch.int64), (1, 5))
+    assert hits.tolist() == [[0] * 3] * 2 and counts.tolist() == [0] * 3
+
+
 def test_classifier_is_the_unit_mean_of_unit_vectors() -> None:
     model, _, tokenizer = pretrained()
     classifier = zero_shot_classifier(model, tokenizer, ["red", "blue"], ["{}", "{} green", "{} {} {}"])

@@ -13,6 +13,14 @@ SIZES = {
     "resnet": {"layers": (1, 2, 1, 1), "width": 16, "patch_size": None, "image_size": 64},
 }
 
+EXTRAS = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16), "vocab_size": torch.tensor(49408)}
+"""Sizes that OpenAI's files hold beside the weights; by them, or by half precision, they are known."""
+
+
+def released(model: nn.Module) -> dict[str, Tensor]:
+    """Weights as in a file of OpenAI's."""
+    return {**model.state_dict(), **EXTRAS}
+
 
 def tiny_clip(kind: str, seed: int = 0, quick_gelu: bool = True) -> Any:
     """A CLIP with OpenAI's activation, in evaluation mode."""

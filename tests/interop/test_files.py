@@ -44,12 +44,24 @@ def test_safetensors_under_any_name(name, tmp_path):
         {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}, "optimizer": {"state": {0: {}}}},
         {f"module._orig_mod.{k}": v for k, v in WEIGHTS.items()},
         {"model": WEIGHTS},
+        {f"_orig_mod.module.module.{k}": v for k, v in WEIGHTS.items()},
+        {"model": {"width": 3}, "state_dict": WEIGHTS, "rng": {"cuda": torch.zeros(2)}},
     ],
-    ids=["plain", "wrapped", "trainer", "compiled", "model"],
+    ids=["plain", "wrapped", "trainer", "compiled", "model", "twice", "beside settings"],
 )
 def test_checkpoints_of_torch_save(content, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     assert same(read_tensors(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize(
+    ("other", "values"),
+    [("model", {"b": torch.ones(1)}), ("state_dict_ema", {f"module.{k}": v + 1 for k, v in WEIGHTS.items()})],
+)
+def test_a_checkpoint_with_several_sets_of_weights_is_refused(other, values, tmp_path):
+    torch.save({other: values, "state_dict": WEIGHTS, "optimizer": {"state": {}}}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=f"several sets of weights: state_dict, {other}; save the one"):
+        read_tensors(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -82,6 +94,23 @@ def test_an_index_that_is_not_right_is_refused(places, said, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(InputError, match=said):
         read_tensors(tmp_path / "model.safetensors.index.json")
+
+
+def test_a_second_copy_of_a_tensor_in_another_file_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "2.safetensors")
+    places = {"a": "2.safetensors", "b": "1.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(InputError, match=r"and 1\.safetensors do not agree on a \(1 names"):
+        read_tensors(tmp_path)
+
+
+def test_prefixes_in_an_index_are_removed_from_all_files_together(tmp_path):
+    save_file({"module.a": torch.zeros(1)}, tmp_path / "1.safetensors")
+    save_file({"module.b": torch.zeros(1)}, tmp_path / "2.safetensors")
+    places = {"module.a": "1.safetensors", "module.b": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert set(read_tensors(tmp_path)) == {"a", "b"}
 
 
 def test_a_folder_may_hold_the_weights_for_two_libraries(tmp_path):

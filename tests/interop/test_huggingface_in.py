@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from mmpretrain import Padded, load
 from mmpretrain.data.cleaning import CLEANERS
 from mmpretrain.errors import InputError
-from mmpretrain.interop.converted import build, write
+from mmpretrain.interop.converted import build, expected, write
 from mmpretrain.interop.huggingface_config import Towers, our_model
 from mmpretrain.interop.huggingface_in import from_folder, from_weights
 from mmpretrain.interop.names import check_keys
-from mmpretrain.interop.open_clip_in import expected
 from tests.interop.huggingface_models import KINDS, TEXTS, pictures, saved, theirs
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -143,12 +142,75 @@ def test_missing_and_extra_weights_are_listed(copy: Any) -> None:
         ("clip", "preprocessor_config.json", {"do_normalize": False}, "do_normalize"),
         ("siglip", "preprocessor_config.json", {"size": {"height": 64, "width": 64}}, "64x64; the model takes 32x32"),
         ("siglip", "tokenizer_config.json", {"padding_side": "left"}, "padded right"),
+        ("clip", "tokenizer_config.json", {"truncation_side": "left"}, "cut right"),
+        (
+            "clip",
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"5": {"content": "cat"}}},
+            "the id 5 to 'cat'",
+        ),
+        ("clip", "tokenizer.json", {"normalizer": None}, "in another way than CLIPTokenizer"),
+        ("clip", "tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "in another way than CLIPTokenizer"),
+        ("clip", "preprocessor_config.json", {"image_processor_type": "BlipImageProcessor"}, "is 'BlipImageProcessor'"),
+        ("clip", "preprocessor_config.json", {"image_processor_type": "Siglip2ImageProcessor"}, "for clip expected"),
+        ("clip", "preprocessor_config.json", {"do_pad": True}, "has do_pad=True"),
+        ("clip", "preprocessor_config.json", {"do_flip_channel_order": True}, "do_flip_channel_order=True"),
+        ("clip", "preprocessor_config.json", {"crop_pct": 0.9}, "has crop_pct=0.9"),
+        ("clip", "preprocessor_config.json", {"crop_size": {"shortest_edge": 32}}, "neither a centre crop"),
+        ("clip", "preprocessor_config.json", {"size": [32]}, "expected numbers, or sides by name"),
+        ("clip", "preprocessor_config.json", {"resample": [3]}, "resample is"),
+        ("clip", "preprocessor_config.json", {"image_mean": "grey"}, "image_mean is 'grey'"),
+        ("clip", "config.json", {"model_type": ["clip"]}, r"model_type is \['clip'\]"),
+        ("clip", "config.json", {"text_config": [1]}, r"text_config is \[1\]; expected names with values"),
+        ("clip", "config.json", {"text_config": "abc"}, "text_config is 'abc'; expected names with values"),
+        ("clip", "config.json", {"text_config__hidden_act": ["gelu"]}, "expected a name"),
+        (
+            "clip",
+            "config.json",
+            {"vision_config__hidden_size": "many"},
+            "hidden_size is 'many'; expected a whole",
+        ),
+        ("clip", "config.json", {"vision_config__hidden_size": -4}, "expected a whole number from 1"),
+        ("clip", "config.json", {"vision_config__num_attention_heads": 3}, "cannot share equally"),
+        ("clip", "config.json", {"projection_dim": 1.5}, "projection_dim is 1.5"),
+        ("clip", "config.json", {"vision_config__num_hidden_layers": 10**6}, r"has 1000000 layers .* the weights 2"),
     ],
 )
 def test_what_is_not_supported_is_named(kind: str, file: str, values: dict[str, Any], message: str, copy: Any) -> None:
     folder = copy(kind)
     change(folder / file, **values)
     with pytest.raises(InputError, match=message):
+        from_folder(folder)
+
+
+def test_sizes_that_no_memory_holds_are_refused_before_anything_is_built(copy: Any) -> None:
+    folder = copy("clip")
+    change(folder / "config.json", vision_config__intermediate_size=2**30, text_config__max_position_embeddings=2**30)
+    with pytest.raises(InputError, match=r"wrong shapes .*1073741824"):
+        build(from_folder(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"]
+)
+def test_image_processors_are_known_by_every_spelling_and_by_their_own_defaults(name: str, copy: Any) -> None:
+    folder = copy("siglip")
+    key = "feature_extractor_type" if name.endswith("Extractor") else "image_processor_type"
+    content = {key: name, "size": 32, "crop_size": 32, "do_pad": False, "image_std": 0.5}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    found = from_folder(folder).config
+    assert found["preprocess"]["resize"] == "crop"
+    image = found["model"]["encoders"]["image"]
+    assert image["mean"][0] == 0.48145466 and image["std"] == [0.5, 0.5, 0.5]
+
+
+def test_a_config_that_is_nested_too_deeply_or_too_large_is_refused(copy: Any) -> None:
+    folder = copy("clip")
+    (folder / "config.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(InputError, match="is not JSON"):
+        from_folder(folder)
+    (folder / "config.json").write_text(" " * (2**24 + 1))
+    with pytest.raises(InputError, match="expected at most 16777216"):
         from_folder(folder)
 
 

@@ -160,6 +160,18 @@ def test_beyond_the_tolerance_nothing_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+@pytest.mark.parametrize("read", ["upright", "rgb"])
+def test_files_that_transformers_reads_otherwise_are_noted(read: str, tmp_path: Path) -> None:
+    config = out_models.clip()
+    config["preprocess"]["read"] = read
+    report = huggingface_out.export(out_models.saved(tmp_path / "ours", config), tmp_path / "out")
+    if read == "rgb":
+        assert not report.notes and report.errors["pixels of files transparent"] <= 1e-5
+        return
+    assert (report.notes or {})["pixels of files turned (EXIF)"] > 0.1
+    assert "turned (EXIF)" in report.said
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"needs a package.*mmpretrain-contrastive\[huggingface\]"):

@@ -43,6 +43,12 @@ def test_what_has_no_place_and_what_lacks_its_partner_is_named():
         to_ours(given, TABLE, "weights.pt")
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 2)])
+def test_shapes_that_no_conversion_takes_are_named(shape):
+    with pytest.raises(InputError, match=r"weights\.pt: wrong shapes attn\.3\.in_weight \(.*a\.3\.q\.weight"):
+        to_ours(tensors() | {"attn.3.in_weight": torch.zeros(shape)}, TABLE, "weights.pt")
+
+
 def test_a_first_partner_that_is_not_there_is_named_too():
     given = tensors()
     del given["pool.k.weight"]

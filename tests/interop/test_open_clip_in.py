@@ -340,3 +340,11 @@ def test_a_tokenizer_of_the_hub_is_fetched_or_asked_for(tmp_path, monkeypatch):
     config["text_cfg"]["hf_tokenizer_name"] = "org/none"
     with pytest.raises(InputError, match=r"tokenizer\.json of 'org/none' cannot be fetched.*--tokenizer FOLDER"):
         from_config(config, weights)
+
+
+def test_pooling_at_an_end_id_that_clips_own_tokenizer_does_not_give_is_refused():
+    config = {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {"pool_type": "eos"}}
+    with pytest.raises(InputError, match=r"text_cfg\.eos_id=2: the tokenizer ends a text with 49407"):
+        describe(config)
+    config["text_cfg"]["eos_id"] = 49407
+    assert describe(config).model["encoders"]["text"]["eos_id"] == 49407

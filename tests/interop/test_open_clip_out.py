@@ -14,8 +14,9 @@ import torch
 
 from mmpretrain import load
 from mmpretrain.errors import InputError
-from mmpretrain.interop import open_clip_out
+from mmpretrain.interop import huggingface_out, open_clip_out
 from mmpretrain.interop.converted import write
+from mmpretrain.interop.huggingface_in import from_folder
 from mmpretrain.interop.open_clip_in import from_name
 from tests.interop import out_models
 from tests.interop.huggingface_models import TEXTS, pictures
@@ -115,6 +116,31 @@ def test_a_tokenizer_of_bytes_is_written(tmp_path: Path) -> None:
     config["tokenizer"] = {"_target_": "mmpretrain.data.tokenizer.ByteTokenizer", "context_length": 16}
     folder = out_models.saved(tmp_path / "ours", config)
     assert open_clip_out.export(folder, tmp_path / "out").errors["text embedding"] <= 1e-5
+
+
+@pytest.mark.parametrize("read", ["upright", "stored"])
+def test_files_that_open_clip_reads_otherwise_are_noted(read: str, tmp_path: Path) -> None:
+    config = out_models.clip()
+    config["preprocess"]["read"] = read
+    report = open_clip_out.export(out_models.saved(tmp_path / "ours", config), tmp_path / "out")
+    kinds = [f"pixels of files {kind}" for kind in ("of odd sides", "turned (EXIF)", "transparent", "grey")]
+    if read == "stored":
+        assert not report.notes and all(report.errors[kind] <= 1e-6 for kind in kinds)
+        return
+    notes = report.notes or {}
+    assert list(notes) == kinds and not set(kinds) & set(report.errors)
+    assert [notes[kind] > 0.1 for kind in kinds] == [False, True, True, False]
+    assert "turned (EXIF)" in report.said and "grey" not in report.said
+
+
+def test_clip_of_transformers_is_written_for_open_clip(tmp_path: Path) -> None:
+    hub = tmp_path / "theirs"
+    huggingface_out.export(out_models.saved(tmp_path / "first", out_models.clip()), hub)
+    folder = write(from_folder(hub), tmp_path / "ours")
+    report = open_clip_out.export(folder, tmp_path / "out")
+    assert report.errors["text embedding"] <= 1e-5 and report.errors["token ids"] == 0
+    again = load(write(from_name(str(tmp_path / "out")), tmp_path / "again")).model.state_dict()
+    assert all(torch.equal(again[name], x) for name, x in load(folder).model.state_dict().items())
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,9 @@ from mmpretrain.interop.names import check_keys, to_theirs
 from mmpretrain.interop.open_clip_names import PATCHES, RESNET, SCALARS, VIT, text, text_projection, vit_norm
 from mmpretrain.interop.openai import from_state_dict
 from mmpretrain.pretrained import load
-from tests.interop.openai_models import CONTEXT, EMBED, SIZES, embeddings, tiny_clip
+from tests.interop.openai_models import CONTEXT, EMBED, EXTRAS, SIZES, embeddings, released, tiny_clip
 
 TEXTS = ["a photo of a cat", "two dogs in the snow at night", "x"]
-EXTRAS = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16), "vocab_size": torch.tensor(49408)}
 PUBLISHED = {
     # open_clip's config: image size, embed_dim, parameters in millions (Radford et al. 2021, table 20)
     "RN50": (224, 1024, 102.0),
@@ -66,7 +65,7 @@ def test_half_precision_weights_give_the_embeddings_of_the_original(kind):
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_wrong_activation_would_have_been_seen(kind):
     exact = tiny_clip(kind, quick_gelu=False)
-    image, text = difference(exact, build(from_state_dict(exact.state_dict())), kind)
+    image, text = difference(exact, build(from_state_dict(released(exact))), kind)
     assert text > 1e-4
     assert image > 1e-4 or kind == "resnet"  # which has no GELU
 
@@ -79,7 +78,7 @@ def test_all_published_sizes_are_read_off_the_shapes(name):
     size, embed_dim, millions = PUBLISHED[name]
     with torch.device("meta"):
         config = open_clip.get_model_config(name)
-        shapes = CLIP(**{**config, "quick_gelu": True}).state_dict()
+        shapes = released(CLIP(**{**config, "quick_gelu": True}))
         converted = from_state_dict(shapes, name)
         model = build_saved(converted.config["model"])
     check_keys(converted.weights, model.state_dict(), name)
@@ -94,7 +93,7 @@ def test_there_and_back_is_the_same_to_the_bit(kind):
     original = tiny_clip(kind).state_dict()
     image = RESNET if kind == "resnet" else [*VIT, *PATCHES, *vit_norm()]
     back = to_theirs(
-        from_state_dict(original).weights, [*image, *text(), *text_projection(), *SCALARS], "OpenAI's layout"
+        from_state_dict(original | EXTRAS).weights, [*image, *text(), *text_projection(), *SCALARS], "OpenAI's layout"
     )
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
@@ -102,14 +101,14 @@ def test_there_and_back_is_the_same_to_the_bit(kind):
 
 def test_a_converted_model_is_a_folder_like_any_other(tmp_path):
     original = tiny_clip("resnet")
-    model, preprocess, tokenizer = load(write(from_state_dict(original.state_dict()), tmp_path / "model"))
+    model, preprocess, tokenizer = load(write(from_state_dict(released(original)), tmp_path / "model"))
     assert max(difference(original, model, "resnet")) < 1e-5
     assert preprocess.image_size == 64
     assert tokenizer.context_length == CONTEXT
 
 
 def test_what_is_missing_extra_or_of_another_shape_is_named():
-    weights = tiny_clip("vit").state_dict()
+    weights = released(tiny_clip("vit"))
     lacking = {name: x for name, x in weights.items() if name not in ("ln_final.bias", "visual.ln_pre.weight")}
     with pytest.raises(InputError, match=r"mine does not fit .*missing .*norm_pre.weight, .*text.norm.bias"):
         build(from_state_dict(lacking, "mine"))
@@ -132,13 +131,20 @@ def test_what_is_missing_extra_or_of_another_shape_is_named():
 )
 def test_shapes_of_no_clip_are_refused(change, said):
     with pytest.raises(InputError, match=said):
-        from_state_dict(tiny_clip("vit").state_dict() | change)
+        from_state_dict(released(tiny_clip("vit")) | change)
+
+
+def test_weights_of_open_clip_under_the_same_names_are_refused():
+    weights = tiny_clip("vit", quick_gelu=False).state_dict()
+    with pytest.raises(InputError, match=r"mine has no half-precision weights and none of .*open_clip:NAME --weights"):
+        from_state_dict(weights, "mine")
+    from_state_dict({name: x.half() for name, x in weights.items()}, "mine")
 
 
 def test_weights_of_another_kind_are_refused():
     with pytest.raises(InputError, match=r"neither visual\.proj .*give open_clip:NAME"):
         from_state_dict({"vision_model.post_layernorm.weight": torch.zeros(2)})
-    weights = tiny_clip("vit").state_dict()
+    weights = released(tiny_clip("vit"))
     with pytest.raises(InputError, match=r"lacks token_embedding\.weight"):
         from_state_dict({name: x for name, x in weights.items() if not name.startswith("token_embedding")})
 
@@ -147,7 +153,7 @@ def test_weights_of_another_kind_are_refused():
 def test_pictures_are_prepared_as_the_original_does(mode, tmp_path):
     from open_clip.transform import image_transform
 
-    config = from_state_dict(tiny_clip("vit").state_dict()).config["preprocess"]
+    config = from_state_dict(released(tiny_clip("vit"))).config["preprocess"]
     bands = torch.randint(0, 256, (45, 71, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
     if mode == "I;16":
         picture = Image.fromarray(bands[..., 0].astype("uint16") * 200)

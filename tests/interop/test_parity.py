@@ -28,6 +28,17 @@ def test_report_says_what_was_compared(tmp_path):
     assert {"torch", "mmpretrain-contrastive"} <= set(written["versions"])
 
 
+def test_notes_are_written_and_said_and_not_held_against_the_tolerance(tmp_path):
+    same = {"x": (torch.zeros(1), torch.zeros(1))}
+    found = check(same, 1e-5, {}, "open_clip", notes={"turned": 2.5, "grey": 0.0})
+    assert json.loads(found.write(tmp_path).read_text())["notes"] == {"turned": 2.5, "grey": 0.0}
+    assert found.largest == 0
+    assert found.said == (
+        "open_clip reads some files otherwise than this model: turned differ by up to 2.5 (normalised)"
+    )
+    assert not check(same, 1e-5, {}, "open_clip", notes={"grey": 0.0}).said
+
+
 def test_an_error_as_large_as_the_tolerance_passes_and_a_larger_one_does_not():
     zero, step = torch.zeros(3, dtype=torch.float64), torch.full((3,), 0.25, dtype=torch.float64)
     assert check({"x": (step, zero)}, 0.25, {}, "onnx").largest == 0.25
@@ -60,15 +71,19 @@ def test_many_wrong_outputs_are_counted_not_listed():
         check(outputs, 0.5, {}, "onnx")
 
 
+def written(folder, target):
+    check({"x": (torch.zeros(1), torch.zeros(1))}, 1.0, {}, target).write(folder)
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "deep" / "export"
-    with pytest.raises(RuntimeError), new_folder(out) as folder:
+    with pytest.raises(RuntimeError), new_folder(out, "timm") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert list(out.parent.iterdir()) == []
     for content in ("first", "second"):  # an earlier export is replaced
-        with new_folder(out) as folder:
-            (folder / "parity.json").write_text("{}")
+        with new_folder(out, "timm") as folder:
+            written(folder, "timm")
             (folder / content).touch()
         assert {path.name for path in out.iterdir()} == {"parity.json", content}
     assert list(out.parent.iterdir()) == [out]
@@ -76,6 +91,50 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(InputError, match="is no earlier export"), new_folder(tmp_path):
+    with pytest.raises(InputError, match="is no earlier export"), new_folder(tmp_path, "timm"):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "years"
+
+
+@pytest.fixture
+def exported(tmp_path):
+    with new_folder(tmp_path / "out", "timm") as folder:
+        written(folder, "timm")
+        (folder / "weights").mkdir()
+        (folder / "weights" / "a").write_text("first")
+    return tmp_path / "out"
+
+
+def replace(out, target):
+    with new_folder(out, target) as folder:
+        written(folder, target)
+        (folder / "b").write_text("second")
+
+
+def test_only_what_an_export_for_the_same_target_wrote_is_replaced(exported):
+    with pytest.raises(InputError, match="is an export for timm, not for onnx"):
+        replace(exported, "onnx")
+    for name in ("notes.txt", "weights/mine"):
+        (exported / name).write_text("years")
+        with pytest.raises(InputError, match=f"holds {name}, which no export wrote"):
+            replace(exported, "timm")
+        assert (exported / name).read_text() == "years"
+        (exported / name).unlink()
+    replace(exported, "timm")
+    assert {path.name for path in exported.iterdir()} == {"parity.json", "b"}
+
+
+def test_a_file_that_came_during_the_export_is_kept(exported):
+    with pytest.raises(InputError, match=r"holds late\.txt"), new_folder(exported, "timm") as folder:
+        written(folder, "timm")
+        (exported / "late.txt").write_text("kept")
+    assert (exported / "late.txt").read_text() == "kept"
+    assert [path.name for path in exported.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("report", ["{}", "[]", "no json", '{"target": "timm"}', '{"target": "timm", "files": 3}'])
+def test_a_report_without_a_list_of_files_allows_nothing(report, exported):
+    (exported / "parity.json").write_text(report)
+    with pytest.raises(InputError, match="does not list the files of an earlier export"):
+        replace(exported, "timm")
+    assert (exported / "weights" / "a").read_text() == "first"

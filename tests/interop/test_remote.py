@@ -17,7 +17,7 @@ from mmpretrain.errors import InputError
 from mmpretrain.interop import fetch, remote
 from mmpretrain.interop.converted import write
 from mmpretrain.interop.openai import from_state_dict
-from tests.interop.openai_models import tiny_clip
+from tests.interop.openai_models import released, tiny_clip
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def hub(tmp_path, monkeypatch):
 
 def published(served, monkeypatch, kind="resnet"):
     folder, address, _ = served
-    torch.save(tiny_clip(kind).state_dict(), folder / "tiny.pt")
+    torch.save(released(tiny_clip(kind)), folder / "tiny.pt")
     digest = hashlib.sha256((folder / "tiny.pt").read_bytes()).hexdigest()
     (folder / digest).mkdir()
     (folder / "tiny.pt").rename(folder / digest / "tiny.pt")
@@ -101,7 +101,7 @@ def test_a_model_is_fetched_and_converted_once(served, monkeypatch, cache):
     assert len(served[2]) == 1
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing is left beside it
     model = mmpretrain.load("openai:tiny/1").model
-    weights = from_state_dict(tiny_clip("resnet").state_dict()).weights
+    weights = from_state_dict(released(tiny_clip("resnet"))).weights
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -120,7 +120,7 @@ def test_a_file_that_is_not_there_is_named(served, monkeypatch):
 
 
 def test_another_process_may_have_been_first(monkeypatch, cache):
-    converted = from_state_dict(tiny_clip("resnet").state_dict())
+    converted = from_state_dict(released(tiny_clip("resnet")))
     folder = write(converted, cache / "models" / "x")
     before = (folder / "model.safetensors").stat().st_mtime_ns
     remote._keep(converted, folder)
@@ -204,7 +204,7 @@ def test_a_repository_of_the_hub_is_converted_by_the_files_it_has(hub):
 
 
 def test_a_model_folder_of_ours_is_taken_as_it_is(hub, cache):
-    write(from_state_dict(tiny_clip("resnet").state_dict()), hub / "org" / "ours")
+    write(from_state_dict(released(tiny_clip("resnet"))), hub / "org" / "ours")
     folder = remote.resolve("hf-hub:org/ours")
     assert folder.name == "0123abc"
     assert mmpretrain.load(folder).model.embed_dim == 48

@@ -17,7 +17,7 @@ from torch import nn
 from mmpretrain.errors import InputError
 from mmpretrain.interop.files import read_tensors
 from mmpretrain.interop.openai import from_state_dict
-from tests.interop.openai_models import CONTEXT, tiny_clip
+from tests.interop.openai_models import CONTEXT, released, tiny_clip
 
 
 class Part(nn.Module):
@@ -113,7 +113,7 @@ def test_a_clip_as_openai_released_it_is_read_and_converted(kind, tmp_path, no_j
     assert_equal(found, expected)
     assert torch.float16 in {x.dtype for x in found.values()}
     converted = from_state_dict(found, "openai:clip.pt")
-    assert converted.weights.keys() == from_state_dict(model.state_dict()).weights.keys()
+    assert converted.weights.keys() == from_state_dict(released(model)).weights.keys()
 
 
 def with_pickle(source: Path, target: Path, content: bytes) -> Path:

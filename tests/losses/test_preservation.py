@@ -30,6 +30,16 @@ def test_the_distance_is_half_of_the_squared_one():
     assert preservation_loss(a, a).item() == pytest.approx(0, abs=1e-12)
 
 
+def test_the_distance_is_not_rounded_under_autocast():
+    old = unit(8, 64).float()
+    new = torch.nn.functional.normalize(old + 0.01 * unit(8, 64, seed=1).float(), dim=-1)
+    want = preservation_loss(new.double(), old.double()).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = preservation_loss(new, old)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(want, rel=1e-2)
+    assert preservation_loss(new.bfloat16(), old.bfloat16()).dtype == torch.float32
+
+
 def test_the_divergence_is_the_one_of_the_loops():
     a, b, old_a, old_b = (unit(5, 4, seed=seed) for seed in range(4))
     scale, before = torch.tensor([3.0], dtype=torch.float64), torch.tensor([7.0], dtype=torch.float64)

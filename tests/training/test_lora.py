@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from mmpretrain import ContrastiveLoss, HuggingFaceTextEncoder, ImageEncoder, InputError, MultimodalModel, Padded
@@ -143,6 +143,29 @@ def test_an_adapter_alone_is_read_by_peft_and_by_us(tmp_path):
             torch.testing.assert_close(embedding, want[modality], rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="adapter of another model"):
         merge_adapter(FAMILIES["bert"](), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["extra", "unpaired", "elsewhere"])
+def test_an_adapter_that_is_refused_changes_no_weight(tmp_path, damage):
+    model = models.clip()
+    lora = Lora(rank=4)
+    lora.attach(model)
+    lora.save(tmp_path, shaken(model).state_dict())
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    last = sorted(tensors)[-1]
+    if damage == "extra":
+        tensors["base_model.model.extra.bias"] = torch.zeros(2)
+    elif damage == "unpaired":
+        del tensors[last]
+    else:
+        tensors[last] = torch.zeros(3, 4)
+    save_file(tensors, file)
+    ours = models.clip()
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(InputError, match=r"other tensors than pairs|of another shape"):
+        merge_adapter(ours, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
 
 
 def test_targets_may_be_named_for_each_part():
