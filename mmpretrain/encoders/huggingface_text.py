@@ -62,7 +62,9 @@ class HuggingFaceTextEncoder(nn.Module):
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Encoded:
         """Encode (B,L) ids; `mask` (B,L) True = real, None = all. Raises `InputError` beyond `context_length`."""
         real = self._real(values, mask)
-        out = self.transformer(input_ids=values, attention_mask=real.long())
+        # transformers asks a mask for its values, which the meta device (`mmpretrain plan`) does not have.
+        attended = None if mask is None or values.is_meta else mask.long()
+        out = self.transformer(input_ids=values, attention_mask=attended)
         tokens: Tensor = out.last_hidden_state
         pooled: Tensor = out.pooler_output if self.pooling == "pooler" else self._pool(tokens, real)
         return Encoded(pooled, tokens, mask)
