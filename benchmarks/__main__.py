@@ -33,7 +33,7 @@ SET: dict[str, list[str]] = {
     "accumulation": [],
     "time_to_recall": ["--epochs", "6", "--steps", "110"],
 }
-OTHERS = ("shard_reader", "checkpoint")  # with --only
+OTHERS = ("shard_reader", "checkpoint", "vector_search")  # with --only
 RESULTS = Path(__file__).with_name("results")
 LONGEST = 900  # seconds of one benchmark
 
