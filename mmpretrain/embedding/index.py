@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpretrain.embedding import row_names
-from mmpretrain.embedding.parts import MANIFEST, Rows, Store, iter_rows
-from mmpretrain.embedding.row_names import LINES, PLACES, RowNames, write_whole
+from mmpretrain.embedding.parts import MANIFEST, Rows, Store, iter_rows, whole
+from mmpretrain.embedding.row_names import LINES, PLACES, RowNames
 from mmpretrain.errors import InputError
 
 INDEX, ABOUT = "index.faiss", "index.json"
@@ -150,9 +150,10 @@ def _write(store: Store, faiss: Any, index: Any, about: About) -> None:
     """Write names and index, then what it is: that is only there when all else is whole."""
     (store.folder / ABOUT).unlink(missing_ok=True)
     row_names.write(store)
-    text = json.dumps(about._asdict()) + "\n"
-    write_whole(store.folder / INDEX, lambda path: faiss.write_index(index, str(path)))
-    write_whole(store.folder / ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+    with whole(store.folder / INDEX) as temporary:
+        faiss.write_index(index, str(temporary))
+    with whole(store.folder / ABOUT) as temporary:
+        temporary.write_text(json.dumps(about._asdict()) + "\n", encoding="utf-8")
 
 
 def _digest(store: Store) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mmpretrain.embedding.parts import Store, iter_rows
+from mmpretrain.embedding.parts import Store, iter_rows, whole
 
 LINES, PLACES = "index.names.jsonl", "index.places.npy"
 
@@ -45,30 +42,9 @@ class RowNames:
 def write(store: Store) -> None:
     """Write the names of all rows of a folder of embeddings, beside them."""
     places = [0]
-
-    def lines(path: Path) -> None:
-        with path.open("wb") as file:
-            for rows in iter_rows(store):
-                for name in zip(rows.items, rows.keys, rows.paths, rows.texts, strict=True):
-                    places.append(places[-1] + file.write(json.dumps(name).encode() + b"\n"))
-
-    def numbers(path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.array(places[:-1], np.int64), allow_pickle=False)
-
-    write_whole(store.folder / LINES, lines)
-    write_whole(store.folder / PLACES, numbers)
-
-
-def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `target` that then takes its place."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(store.folder / LINES) as temporary, temporary.open("wb") as file:
+        for rows in iter_rows(store):
+            for name in zip(rows.items, rows.keys, rows.paths, rows.texts, strict=True):
+                places.append(places[-1] + file.write(json.dumps(name).encode() + b"\n"))
+    with whole(store.folder / PLACES) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(places[:-1], np.int64), allow_pickle=False)
