@@ -13,11 +13,11 @@ from typing import Any
 from lightning.pytorch import Callback
 
 BYTES_SENT = 200
-"""Where `tcpi_bytes_sent` is in Linux's `struct tcp_info` (include/uapi/linux/tcp.h); payload alone, no headers."""
+"""Where `tcpi_bytes_sent` is in Linux's `struct tcp_info` (include/uapi/linux/tcp.h), `tcpi_bytes_retrans` after it."""
 
 
 def bytes_sent() -> int:
-    """Sum over the connected TCP sockets of this process."""
+    """Sum of the payload over the connected TCP sockets of this process, what the kernel had to send again left out."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         number = int(entry.name)
@@ -27,7 +27,8 @@ def bytes_sent() -> int:
             with socket.socket(fileno=os.dup(number)) as found:
                 if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
                     info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+                    sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+                    total += sent - again
         except OSError:  # the descriptor of the listing itself is gone by now
             continue
     return total
