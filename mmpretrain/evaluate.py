@@ -18,10 +18,10 @@ from mmpretrain.evaluation import run_evaluators, write_metrics
 from mmpretrain.evaluation.benchmark import works_of
 from mmpretrain.evaluation.candidates import Candidate, find, names_one
 from mmpretrain.evaluation.compare import write_comparison
-from mmpretrain.evaluation.output import write_whole
 from mmpretrain.evaluation.results import Measured, Results, Work, work
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.evaluation.tables import csv_text, flat, json_text, rows_of
+from mmpretrain.whole_file import write_whole
 
 BESIDE = (".csv", ".html", ".parts")
 """Suffixes of what a comparison writes beside its output."""

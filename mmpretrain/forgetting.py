@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmpretrain.errors import EXIT_DONE, EXIT_FAILED, InputError
-from mmpretrain.evaluation.output import write_whole
+from mmpretrain.whole_file import write_whole
 
 LIMIT = 0.01
 """How much of an old metric may be lost before that counts, in its own unit (a share: one point)."""

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -25,6 +24,7 @@ from mmpretrain.data.redact import redact
 from mmpretrain.data.shards import Shard
 from mmpretrain.errors import InputError
 from mmpretrain.secrets import masked, masked_overrides
+from mmpretrain.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,17 +69,7 @@ def record(folder: Path, described: Mapping[str, Any], step: int) -> Path:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader, or a crash, meets the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=True)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=True))
 
 
 def read(run: Path) -> dict[str, Any]:

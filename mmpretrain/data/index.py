@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from mmpretrain.data.events import CAUSES, DataEvent
 from mmpretrain.data.grouping import Content, group
 from mmpretrain.data.headers import text_of
 from mmpretrain.data.tar import Damage, Member, walk
+from mmpretrain.whole_file import replaced
 
 _VERSION = 4
 _CHUNK = 1 << 26  # bytes after which pages that were read are given back
@@ -121,15 +120,8 @@ def save(index: Index, path: Path) -> None:
     """Write an index next to its final place and move it there, so that no reader meets half of one."""
     head = json.dumps({"version": _VERSION, "stamp": index.stamp, **index.head()._asdict()}).encode()
     arrays = {"head": np.frombuffer(head, np.uint8), **index._arrays()}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide it from the colleagues who share the shard
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replaced(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_head(path: Path, stamp: tuple[int, int]) -> Head | None:

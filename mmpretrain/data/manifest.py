@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmpretrain.data.sources import Item, ParquetCell
 from mmpretrain.errors import InputError
+from mmpretrain.whole_file import write_whole
 
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
@@ -58,7 +57,7 @@ class Ledger:
         ledger = cls(out, content, kept)
         rows = (out / SKIPPED).read_text("utf-8").splitlines(True) if (out / SKIPPED).exists() else []
         valid = [row for row in rows if row.endswith("\n") and json.loads(row)["shard"] in kept]
-        _replace(out / SKIPPED, "".join(valid))
+        write_whole(out / SKIPPED, "".join(valid))
         ledger.save()
         return ledger
 
@@ -71,7 +70,7 @@ class Ledger:
 
     def save(self) -> None:
         """Write the manifest in one move."""
-        _replace(self.out / MANIFEST, json.dumps({**self.content, "shards": self.shards}, indent=1) + "\n")
+        write_whole(self.out / MANIFEST, json.dumps({**self.content, "shards": self.shards}, indent=1) + "\n")
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -120,18 +119,3 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, meets the old or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

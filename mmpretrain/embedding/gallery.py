@@ -15,6 +15,7 @@ from mmpretrain.embedding.index import Hit
 from mmpretrain.embedding.parts import Manifest
 from mmpretrain.embedding.run import PICTURE_FIELDS
 from mmpretrain.embedding.sources import open_source
+from mmpretrain.whole_file import write_whole
 
 SIDE = 256  # pixels of the longest side
 
@@ -39,10 +40,7 @@ def write_gallery(target: Path, query: str, hits: Sequence[Hit], manifest: Manif
     page = environment.get_template("gallery.html.j2").render(
         query=query, shown=list(zip(hits, pictures, strict=True)), source=manifest.source
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    write_whole(target, page)
 
 
 def _small(sample: dict[str, Any]) -> str:

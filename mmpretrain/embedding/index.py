@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpretrain.embedding import row_names
-from mmpretrain.embedding.parts import MANIFEST, Rows, Store, iter_rows, whole
+from mmpretrain.embedding.parts import MANIFEST, Rows, Store, iter_rows
 from mmpretrain.embedding.row_names import LINES, PLACES, RowNames
 from mmpretrain.errors import InputError
+from mmpretrain.whole_file import replaced
 
 INDEX, ABOUT = "index.faiss", "index.json"
 EXACT_UP_TO = 50_000
@@ -150,9 +151,9 @@ def _write(store: Store, faiss: Any, index: Any, about: About) -> None:
     """Write names and index, then what it is: that is only there when all else is whole."""
     (store.folder / ABOUT).unlink(missing_ok=True)
     row_names.write(store)
-    with whole(store.folder / INDEX) as temporary:
+    with replaced(store.folder / INDEX) as temporary:
         faiss.write_index(index, str(temporary))
-    with whole(store.folder / ABOUT) as temporary:
+    with replaced(store.folder / ABOUT) as temporary:
         temporary.write_text(json.dumps(about._asdict()) + "\n", encoding="utf-8")
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmpretrain.errors import InputError
+from mmpretrain.whole_file import replaced
 
 MANIFEST = "embeddings.json"
 LOST = "lost.skipped.jsonl"
@@ -95,7 +93,7 @@ class Parquet:
                 "embedding": pa.FixedSizeListArray.from_arrays(values, rows.embeddings.shape[1]),
             }
         )
-        with whole(folder / self.name(part)) as temporary:
+        with replaced(folder / self.name(part)) as temporary:
             parquet.write_table(table, temporary)
 
     def read(self, folder: Path, part: int) -> Rows:
@@ -119,10 +117,10 @@ class Npy:
     def write(self, folder: Path, part: int, rows: Rows) -> None:
         """Write a part."""
         names = zip(rows.items, rows.keys, rows.paths, rows.texts, strict=True)
-        with whole(folder / f"part-{part:05}.jsonl") as temporary:
+        with replaced(folder / f"part-{part:05}.jsonl") as temporary:
             lines = [json.dumps(dict(zip(Rows._fields, row, strict=False)), ensure_ascii=False) for row in names]
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        with whole(folder / self.name(part)) as temporary, temporary.open("wb") as file:
+        with replaced(folder / self.name(part)) as temporary, temporary.open("wb") as file:
             np.save(file, rows.embeddings, allow_pickle=False)
 
     def read(self, folder: Path, part: int) -> Rows:
@@ -162,7 +160,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.tmp"):  # of a killed run
             leftover.unlink(missing_ok=True)
-        with whole(folder / MANIFEST) as temporary:
+        with replaced(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest._asdict(), indent=1) + "\n", encoding="utf-8")
         return cls(folder, manifest)
 
@@ -187,13 +185,13 @@ class Store:
     def write_lost(self, lost: list[dict[str, str]]) -> None:
         """List the samples that damage took before they could be counted; an empty list leaves no file."""
         if lost:
-            with whole(self.folder / LOST) as temporary:
+            with replaced(self.folder / LOST) as temporary:
                 temporary.write_text(_lines(lost), encoding="utf-8")
 
     def write(self, part: int, rows: Rows, skipped: list[dict[str, str]]) -> None:
         """Write a part, and before it the list of what was left out."""
         if skipped:
-            with whole(self.folder / f"part-{part:05}.skipped.jsonl") as temporary:
+            with replaced(self.folder / f"part-{part:05}.skipped.jsonl") as temporary:
                 temporary.write_text(_lines(skipped), encoding="utf-8")
         self.format.write(self.folder, part, rows)
 
@@ -209,23 +207,6 @@ class Store:
 
 def _lines(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """Give a temporary file beside `target`, which takes its place when all went well."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def iter_rows(store: Store) -> Iterator[Rows]:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmpretrain.embedding.parts import Store, iter_rows, whole
+from mmpretrain.embedding.parts import Store, iter_rows
+from mmpretrain.whole_file import replaced
 
 LINES, PLACES = "index.names.jsonl", "index.places.npy"
 
@@ -42,9 +43,9 @@ class RowNames:
 def write(store: Store) -> None:
     """Write the names of all rows of a folder of embeddings, beside them."""
     places = [0]
-    with whole(store.folder / LINES) as temporary, temporary.open("wb") as file:
+    with replaced(store.folder / LINES) as temporary, temporary.open("wb") as file:
         for rows in iter_rows(store):
             for name in zip(rows.items, rows.keys, rows.paths, rows.texts, strict=True):
                 places.append(places[-1] + file.write(json.dumps(name).encode() + b"\n"))
-    with whole(store.folder / PLACES) as temporary, temporary.open("wb") as file:
+    with replaced(store.folder / PLACES) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(places[:-1], np.int64), allow_pickle=False)

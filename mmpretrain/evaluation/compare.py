@@ -15,9 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmpretrain.evaluation import figures, wording
-from mmpretrain.evaluation.output import write_whole
 from mmpretrain.evaluation.report import Metric
 from mmpretrain.evaluation.tables import Row
+from mmpretrain.whole_file import write_whole
 
 HEADLINES = ("top1", "mean_average_precision", "recall@1", "accuracy", "cider", "exact_match")
 """The numbers that stand for their group, the first that is there."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation.output import write_whole
+from mmpretrain.whole_file import write_whole
 
 Z95 = 1.959963984540054
 """Half-width of the central 95 % of a standard normal distribution."""

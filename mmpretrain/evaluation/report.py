@@ -21,6 +21,7 @@ from PIL import Image
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation import figures, wording
 from mmpretrain.evaluation.gallery import QUERIES, Answers, Gallery, spread
+from mmpretrain.whole_file import write_whole
 
 __all__ = ["Gallery", "Report", "write_report"]
 
@@ -132,10 +133,7 @@ def write_report(path: Path, report: Report) -> None:
         link=_link(report.card),
         **_gallery(report.gallery),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(page.encode("utf-8", "replace"))
-    unfinished.replace(path)
+    write_whole(path, page)
 
 
 def _metrics(flat: dict[str, float]) -> list[Metric]:

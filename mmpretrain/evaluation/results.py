@@ -16,7 +16,7 @@ from mmpretrain.data.cache import REMOTE, local_path, scheme_of
 from mmpretrain.data.patterns import expand
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.candidates import Candidate
-from mmpretrain.evaluation.output import write_whole
+from mmpretrain.whole_file import write_whole
 
 FORMAT = 1
 SPEED = ("batch_size", "num_workers")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 from mmpretrain.errors import InputError
 from mmpretrain.identity.fields import differences, fields, options, sha256
 from mmpretrain.identity.golden import PIXELS, TEXTS, Golden, disagreement, golden_outputs, other_vectors
+from mmpretrain.whole_file import replaced, write_whole
 
 if TYPE_CHECKING:
     from mmpretrain.model import MultimodalModel
@@ -78,8 +78,9 @@ def write_card(
         "vectors": hashlib.sha256(vectors).hexdigest(),
         "versions": versions(),
     }
-    _replace(folder / VECTORS, vectors)
-    _replace(folder / CARD, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    with replaced(folder / VECTORS) as temporary:
+        temporary.write_bytes(vectors)
+    write_whole(folder / CARD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: Path) -> Card | None:
@@ -216,15 +217,3 @@ def _bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); the folder is incomplete") from error
-
-
-def _replace(file: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as open_file:
-            open_file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -21,6 +21,7 @@ from mmpretrain.interop.converted import expected
 from mmpretrain.interop.names import check_keys, to_ours, to_theirs
 from mmpretrain.interop.open_clip_config import describe
 from mmpretrain.interop.open_clip_in import config_files
+from mmpretrain.whole_file import write_whole
 
 _ROBERTA = {
     "hidden_size": 768,
@@ -199,9 +200,7 @@ def main() -> None:
     for name, file in config_files().items():
         rows.append(check(name, json.loads(file.read_text(encoding="utf-8"))))
         print(rows[-1].line(), end="", flush=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(page(rows), encoding="utf-8")
-    temporary.replace(out)
+    write_whole(out, page(rows))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mmpretrain.errors import InputError
+from mmpretrain.whole_file import write_whole
 
 REPORT = "parity.json"
 PACKAGES = ("mmpretrain-contrastive", "torch", "timm")
@@ -53,15 +52,7 @@ class Parity(NamedTuple):
         """Write `parity.json` into an existing folder, whole or not at all."""
         path = Path(folder) / REPORT
         content = {**self._asdict(), "notes": self.notes or {}, "largest": self.largest}
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1, allow_nan=False)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(content, indent=1, allow_nan=False))
         return path
 
 

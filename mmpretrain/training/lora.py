@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation.output import write_whole
 from mmpretrain.model import MultimodalModel
+from mmpretrain.whole_file import write_whole
 
 INPUTS = (
     {"q", "k", "v"},
