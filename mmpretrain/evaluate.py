@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,13 +19,13 @@ from mmpretrain.evaluation import run_evaluators, write_metrics
 from mmpretrain.evaluation.benchmark import works_of
 from mmpretrain.evaluation.candidates import Candidate, find, names_one
 from mmpretrain.evaluation.compare import write_comparison
-from mmpretrain.evaluation.results import Measured, Results, Work, work
+from mmpretrain.evaluation.results import Results, Work, work
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.evaluation.tables import csv_text, flat, json_text, rows_of
 from mmpretrain.whole_file import write_whole
 
 BESIDE = (".csv", ".html", ".parts")
-"""Suffixes of what a comparison writes beside its output."""
+"""What ends the names of what a comparison writes beside its output."""
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -46,8 +47,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if compares:
             return _suite(config, candidates, str(device), build)
         output = Path(config.output)
-        if of_rank_zero(output.exists() and not config.overwrite):
-            raise InputError(f"{output} exists; give another output=, or overwrite=true")
+        _check_output([output], bool(config.overwrite))
         pretrained = candidates[0].load(device, tuple(config.allow_targets))
         _first_rank_first(partial(build, config.prepare) if config.prepare is not None else None)
         metrics = run_evaluators(pretrained, build(config.evaluators))
@@ -63,9 +63,8 @@ def _suite(
     config: DictConfig, candidates: Sequence[Candidate], device: str, build: Callable[..., Any]
 ) -> dict[str, float]:
     output = Path(config.output)
-    parts = output.with_suffix(".parts")
-    if of_rank_zero(output.exists() and not parts.is_dir() and not config.overwrite):
-        raise InputError(f"{output} exists and is of no benchmark; give another output=, or overwrite=true")
+    table, page, parts = (output.with_name(output.name.removesuffix(".json") + ending) for ending in BESIDE)
+    _check_output([output, table, page], parts.is_dir() or bool(config.overwrite))
     benchmark = config.get("benchmark")
     prepare = config.prepare if benchmark is None else benchmark.prepare
     _first_rank_first(partial(build, prepare) if prepare is not None else None)
@@ -82,7 +81,11 @@ def _suite(
     )
     name = "evaluators" if benchmark is None else benchmark.name
     if rank() == 0:
-        _write(output, name, measured)
+        rows = rows_of(measured)
+        write_whole(table, csv_text(rows))
+        write_comparison(page, name, rows)
+        write_whole(output, json_text(name, measured))
+        print(f"written to {output}, {table} and {page}", file=sys.stderr)
         if config.json:
             print(output.read_text(encoding="utf-8"), end="")
     barrier()
@@ -91,6 +94,21 @@ def _suite(
         for candidate, one, metrics in measured
         for key, value in flat(one.data_set, one.task, metrics).items()
     }
+
+
+def _check_output(files: Sequence[Path], replace: bool) -> None:
+    """Raise `InputError`, on every rank, where what is measured could not be written, or would replace other files."""
+    problem, folder = None, files[0].parent
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if found := next((file for file in files if file.is_dir()), None):
+            problem = f"{found} is a folder; give another output=, the name of a file"
+        elif not replace and (found := next((file for file in files if file.exists()), None)):
+            problem = f"{found} exists; give another output=, or overwrite=true"
+        elif not os.access(folder, os.W_OK):
+            problem = f"{folder.resolve()} cannot be written to; give another output="
+    if (problem := of_rank_zero(problem)) is not None:
+        raise InputError(problem)
 
 
 def _candidates(given: str | Sequence[str]) -> list[Candidate]:
@@ -124,12 +142,3 @@ def _evaluators(config: DictConfig, device: str) -> list[Work]:
 
 def _plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-
-
-def _write(output: Path, name: str, measured: Sequence[Measured]) -> None:
-    rows = rows_of(measured)
-    table, page = output.with_suffix(".csv"), output.with_suffix(".html")
-    write_whole(table, csv_text(rows))
-    write_comparison(page, name, rows)
-    write_whole(output, json_text(name, measured))
-    print(f"written to {output}, {table} and {page}", file=sys.stderr)

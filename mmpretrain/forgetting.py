@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
     add("--html", type=Path, metavar="FILE", help="write a page")
     add("--json", type=Path, metavar="FILE", help="write the numbers")
     args = parser.parse_args(argv)
+    if not args.limit >= 0:
+        raise InputError(f"--limit {args.limit}: expected a loss from 0 up, such as {LIMIT}")
     before = read_metrics(args.before)
     found = [compare(str(path), before, read_metrics(path), args.old, args.target, args.limit) for path in args.after]
     show(found)
@@ -84,14 +86,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Read name -> value from a JSON file of metrics, or from the run folder that holds one; without `val/`."""
+    """Read name -> value from a JSON file of metrics, or from the run folder that holds one; without `val/`.
+
+    Of a benchmark's JSON the metrics of its model, where it has one.
+    """
     file = path / "metrics.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {str(k).removeprefix("val/"): math.nan if v is None else float(v) for k, v in content.items()}
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); give a JSON of `mmpretrain evaluate`") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        raise InputError(f"{file} holds no metrics ({error}); give a JSON of `mmpretrain evaluate`") from error
+    models = content.get("models") if isinstance(content, dict) else None
+    if isinstance(models, list) and len(models) != 1:
+        raise InputError(f"{file} has the metrics of {len(models)} models; give a file of one: evaluate each alone")
+    try:
+        metrics = content if models is None else models[0]["metrics"]
+        return {str(k).removeprefix("val/"): math.nan if v is None else float(v) for k, v in metrics.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file} holds no metrics ({error}); give a JSON of `mmpretrain evaluate`") from error
 
 
@@ -173,14 +185,7 @@ def show(comparisons: Sequence[Comparison]) -> None:
 
 def page(before: str, comparisons: Sequence[Comparison], limit: float) -> str:
     """Draw one self-contained HTML page, in the style of a run's report."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from mmpretrain.html_page import render
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("forgetting.html.j2")
-    return template.render(before=before, comparisons=comparisons, limit=limit)
+    template = Path(__file__).parent / "evaluation" / "forgetting.html.j2"
+    return render(template, {}, before=before, comparisons=comparisons, limit=limit)

@@ -133,7 +133,7 @@ def test_what_cannot_be_evaluated_is_said(
         assert words in error and len(error.splitlines()) == 1, error
     Path("mine.json").write_text("{}")
     assert evaluate(f"checkpoint={run}", "benchmark=folder", f"benchmark_root={digits}", "output=mine.json") == 2
-    assert "is of no benchmark" in capsys.readouterr().err
+    assert "mine.json exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["csv", "html", "CSV", "parts"])
@@ -145,6 +145,24 @@ def test_an_output_that_the_table_or_the_page_would_replace_is_refused(
     assert evaluate(*arguments) == 2
     assert "give a name that ends with .json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_output_takes_the_place_of_another(
+    run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"checkpoint={run / 'model'}", "benchmark=folder", f"benchmark_root={digits}"]
+    for name in ("b.16", "b.32"):
+        assert evaluate(*arguments, "benchmark.tasks=knn", f"output={tmp_path / name}") == 0
+    endings = ("", ".csv", ".html", ".parts")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"b.{n}{end}" for n in (16, 32) for end in endings]
+    mine = tmp_path / "mine.csv"
+    mine.write_text("mine")
+    capsys.readouterr()
+    assert evaluate(*arguments, f"output={tmp_path / 'mine.json'}") == 2
+    assert "mine.csv exists" in capsys.readouterr().err and mine.read_text() == "mine"
+    for alone in (arguments, [arguments[0], "evaluators=benchmark_zero_shot", f"data.root={digits}"]):
+        assert evaluate(*alone, f"output={tmp_path}", "overwrite=true") == 2
+        assert "is a folder" in capsys.readouterr().err
 
 
 def test_fashion_mnist_from_its_files_to_the_page(

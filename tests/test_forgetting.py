@@ -80,3 +80,21 @@ def test_files_that_hold_no_metrics_are_named(tmp_path):
         read_metrics(tmp_path / "list.json")
     with pytest.raises(InputError, match="cannot be read"):
         read_metrics(tmp_path / "none.json")
+
+
+def test_a_benchmark_of_one_model_is_read_and_of_several_refused(tmp_path):
+    model = {"name": "m", "metrics": {"pets/zero_shot/top1": 0.5}}
+    for number in (1, 2):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"format": 1, "models": [model] * number}))
+    assert read_metrics(tmp_path / "1.json") == model["metrics"]
+    with pytest.raises(InputError, match="metrics of 2 models"):
+        read_metrics(tmp_path / "2.json")
+
+
+@pytest.mark.parametrize("limit", ["-1", "nan"])
+def test_a_limit_that_everything_exceeds_is_refused(tmp_path, capsys, limit):
+    (tmp_path / "m.json").write_text(json.dumps(BEFORE))
+    assert (
+        main(["forgetting", str(tmp_path / "m.json"), str(tmp_path / "m.json"), "--old=old", f"--limit={limit}"]) == 2
+    )
+    assert "--limit" in capsys.readouterr().err

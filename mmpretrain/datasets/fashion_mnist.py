@@ -82,7 +82,6 @@ def build(root: str | Path = DEBIAN, out: str | Path | None = None, limit: int |
         _write(folder / "zeroshot_classification_templates.txt", *TEMPLATES)
         _write(folder / "dataset_type.txt", "classification")
         _write(folder / "card.json", json.dumps(_card(limit, splits), indent=1))
-        folder.chmod(0o755)
         try:
             folder.rename(out)  # replaces an empty folder, fails on a full one
         except OSError:
@@ -162,7 +161,10 @@ def _samples(images: npt.NDArray[Any], labels: npt.NDArray[Any], start: int) -> 
 def _is_complete(out: Path, limit: int | None) -> bool:
     card = out / "card.json"
     if card.is_file():
-        found = json.loads(card.read_text(encoding="utf-8")).get("limit")
+        try:
+            found = json.loads(card.read_text(encoding="utf-8"))["limit"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{card} is damaged; choose another out, or delete {out}") from error
         if found != limit:
             raise InputError(f"{out} was built with limit={found}, not {limit}; choose another out, or delete it")
         return True

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmpretrain.data.redact import redact
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.results import Work, work
 
@@ -19,7 +20,7 @@ def works_of(benchmark: Mapping[str, Any], tasks: Mapping[str, Any], device: str
     `tasks`: name -> config of an evaluator, in which `{root}` and `{name}` stand for the data set. Both configs are
     without interpolations. Raises `InputError` where a task is unknown or folders are missing, all of them at once.
     """
-    names, wanted = [list(benchmark[key]) for key in ("data_sets", "tasks")]
+    names, wanted = [_listed(benchmark[key]) for key in ("data_sets", "tasks")]
     for key, given in (("data_sets", names), ("tasks", wanted)):
         if not given:
             raise InputError(f"benchmark.{key} is empty; give at least one")
@@ -28,7 +29,7 @@ def works_of(benchmark: Mapping[str, Any], tasks: Mapping[str, Any], device: str
     roots = places(benchmark["root"], names)
     found = []
     for name, root in roots.items():
-        shown = Path(root).name if name == "." else name
+        shown = Path(redact(root)).name if name == "." else name
         for task in wanted:
             found.append(work(shown, task, _filled(tasks[task], {NAME: shown, ROOT: root}), device))
     return found
@@ -39,9 +40,12 @@ def places(root: str, names: Sequence[str]) -> dict[str, str]:
 
     An address has `{name}` where the name belongs, with `-` in place of `/`, as the clip-benchmark organisation of the
     Hugging Face hub calls its data sets. So may a folder; without it `wds_NAME` and `NAME` are looked for inside, and
-    where there is only one data set it may be the folder itself. Raises `InputError` listing all that are missing.
+    where there is only one data set it may be the folder itself, which the name `.` always is. Raises `InputError`
+    listing all that are missing.
     """
     found, missing = {}, []
+    if "." in names and NAME in root:
+        raise InputError(f"benchmark_root={root} needs a name for {NAME}; give the folder: benchmark_root=FOLDER")
     for name in dict.fromkeys(names):
         plain = name.replace("/", "-")
         if "://" in root:
@@ -64,6 +68,10 @@ def places(root: str, names: Sequence[str]) -> dict[str, str]:
             "others with benchmark.data_sets=[...]"
         )
     return found
+
+
+def _listed(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _filled(config: Any, values: Mapping[str, str]) -> Any:

@@ -82,6 +82,8 @@ class BenchmarkData(Dataset[tuple[Tensor, Any]]):
     def classes(self) -> list[str] | None:
         """Names of the classes in the order of the labels, None where they are not known or there are no classes."""
         own = None if self.kind == "retrieval" else _lines(self._optional("classnames.txt"))
+        if own is not None and "" in own:
+            raise InputError(f"{self.shown}/classnames.txt: line {own.index('') + 1} is empty; write a name a line")
         if own is None and self.kind != "retrieval" and self.name is not None:
             return benchmark_classes(self.name, self.language)
         return own
@@ -138,8 +140,8 @@ def _address(root: str) -> str:
 
 
 def _lines(text: str | None) -> list[str] | None:
-    """Split at line feeds alone: a name may hold what else Unicode calls the end of a line."""
-    return None if text is None else [line.strip() for line in text.removesuffix("\n").split("\n") if text]
+    """Split at line feeds alone: a name may hold what else Unicode calls the end of a line; the last may be empty."""
+    return None if text is None else [line.strip() for line in text.rstrip().split("\n") if text.strip()]
 
 
 def _label(sample: Sample) -> int:

@@ -31,14 +31,17 @@ def labels_of(targets: Sequence[Any], classes: int | None = None) -> Tensor:
     return torch.tensor(list(targets), dtype=torch.int64)
 
 
-def class_hits_of(scores: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
+def class_hits_of(scores: Tensor, labels: Tensor, ks: Sequence[int], behind: Tensor | None = None) -> Tensor:
     """Count per class the samples whose label is among the k highest scores: (len(ks),K).
 
     scores (B,K) of any range, labels (B,) int64 on the same device. Ties count against the model: a class with the
-    label's score comes before it.
+    label's score comes before it. `behind` (K,) says of how many that is not so: classes of the same score that come
+    after it whatever the sample.
     """
     own = scores.gather(1, labels[:, None])
     before = (scores >= own).sum(dim=1) - 1
+    if behind is not None:
+        before -= behind[labels]
     found = [torch.bincount(labels[before < k], minlength=scores.shape[1]) for k in ks]
     return torch.stack(found)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmpretrain.evaluation import figures, wording
 from mmpretrain.evaluation.report import Metric
 from mmpretrain.evaluation.tables import Row
+from mmpretrain.html_page import render
 from mmpretrain.whole_file import write_whole
 
 HEADLINES = ("top1", "mean_average_precision", "recall@1", "accuracy", "cider", "exact_match")
@@ -65,15 +65,9 @@ def write_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
     models, lines = _models(rows), _lines(rows)
     heads = headlines(lines)
     runs = _runs(models)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names of folders and data sets come from anywhere
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["words"] = wording.words
-    page = environment.get_template("comparison.html.j2").render(
+    page = render(
+        Path(__file__).with_name("comparison.html.j2"),
+        {"words": wording.words},
         title=title,
         models=models,
         headlines=heads,

@@ -100,6 +100,8 @@ def batches(
 ) -> Iterator[tuple[Any, list[Any]]]:
     """Yield this rank's share of `data` as images, (B,3,H,W) or what `stack` makes of them, and their B targets."""
     check_batch_size(batch_size)
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise InputError(f"num_workers is {num_workers!r}; expected a whole number from 0 up")
     return iter(
         DataLoader(
             Subset(data, share(len_of(data))),
@@ -181,8 +183,8 @@ def len_of(data: Dataset[Any]) -> int:
 
 def check_batch_size(batch_size: int) -> None:
     """Raise `InputError` unless `batch_size` is at least 1."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected a whole number, at least 1")
 
 
 def _collate(items: list[Any], stack: Stack) -> tuple[Tensor | Padded, list[Any]]:

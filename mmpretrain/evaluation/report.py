@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation import figures, wording
 from mmpretrain.evaluation.gallery import QUERIES, Answers, Gallery, spread
+from mmpretrain.html_page import render
 from mmpretrain.whole_file import write_whole
 
 __all__ = ["Gallery", "Report", "write_report"]
@@ -116,16 +116,10 @@ def write_report(path: Path, report: Report) -> None:
     Raises InputError where a metric is not a number, a row of the history has no step, or the gallery's parts
     do not fit together. A metric that is NaN is shown as such.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # captions come from strangers
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update({name: getattr(wording, name) for name in ("words", "number", "times", "cosine")})
     metrics = _metrics(report.metrics)
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        Path(__file__).with_name("report.html.j2"),
+        {name: getattr(wording, name) for name in ("words", "number", "times", "cosine")},
         report=report,
         groups=_groups(metrics),
         headlines=_headlines(metrics),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mmpretrain.data.cache import REMOTE, local_path, scheme_of
 from mmpretrain.data.patterns import expand
+from mmpretrain.data.redact import redact
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.candidates import Candidate
 from mmpretrain.whole_file import write_whole
@@ -44,7 +45,8 @@ def work(data_set: str, task: str, config: Mapping[str, Any], device: str) -> Wo
     """Describe a piece of work by the config of its evaluator, without interpolations.
 
     The key holds that config (but for `SPEED`), the kind of device, this package's version, and of every local file or
-    folder that the config names, as such or by a pattern, the names, sizes and times of the files.
+    folder that the config names, as such or by a pattern, the names, sizes and times of the files. Of an address with
+    a password or a signature it holds a digest: it is written down.
     """
     from mmpretrain import __version__
 
@@ -53,7 +55,7 @@ def work(data_set: str, task: str, config: Mapping[str, Any], device: str) -> Wo
     key = {
         "data_set": data_set,
         "task": task,
-        "config": _without_speed(plain),
+        "config": _decisive(plain),
         "files": files,
         "device": device.partition(":")[0],
         "mmpretrain": __version__,
@@ -62,14 +64,23 @@ def work(data_set: str, task: str, config: Mapping[str, Any], device: str) -> Wo
 
 
 def state_of(path: Path) -> str:
-    """Digest names, sizes and times of a file or of all files in a folder; indexes that readers leave there are not."""
-    found = []
-    for folder, folders, files in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+    """Digest names, sizes and times of a file or of all files in a folder; indexes that readers leave there are not.
+
+    Links are followed, to each folder once; one that leads nowhere counts by its name alone.
+    """
+    found, seen = [], set()
+    walk = os.walk(path, followlinks=True) if path.is_dir() else [(str(path.parent), [], [path.name])]
+    for folder, folders, files in walk:
+        if (place := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        seen.add(place)
         folders.sort()
         for name in sorted(files):
             if not name.startswith(".") and not name.endswith(".idx.npz"):
-                status = Path(folder, name).stat()
-                found.append(f"{os.path.relpath(folder, path)}/{name} {status.st_size} {status.st_mtime_ns}")
+                file = Path(folder, name)
+                status = f"{(s := file.stat()).st_size} {s.st_mtime_ns}" if file.exists() else "missing"
+                found.append(f"{os.path.relpath(folder, path)}/{name} {status}")
     return hashlib.sha256("\n".join(found).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -111,10 +122,13 @@ def _key(candidate: Candidate, work: Work) -> dict[str, Any]:
     return {"model": candidate.identity, **work.key}
 
 
-def _without_speed(config: Any) -> Any:
+def _decisive(config: Any) -> Any:
+    """Return what of a config decides the result, and no secret."""
     if isinstance(config, dict):
-        return {key: _without_speed(value) for key, value in config.items() if key not in SPEED}
-    return [_without_speed(value) for value in config] if isinstance(config, list) else config
+        return {key: _decisive(value) for key, value in config.items() if key not in SPEED}
+    if isinstance(config, str) and (shown := redact(config)) != config:
+        return f"{shown} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
+    return [_decisive(value) for value in config] if isinstance(config, list) else config
 
 
 def _paths(config: Any) -> Iterator[str]:

@@ -49,21 +49,31 @@ def zero_shot_classifier(
 
 
 def class_hits(
-    images: Tensor, classifier: Tensor, labels: Tensor, ks: Sequence[int], chunk_size: int = 1024
+    images: Tensor,
+    classifier: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+    chunk_size: int = 1024,
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Count per class, over all ranks: top-k hits (len(ks),K) and samples (K,).
 
     A hit has its label among the k nearest classes; ties count against the model. images (N,E), classifier (K,E),
     labels (N,) int64 in [0, K), the same on every rank; each rank scores its share, which may be empty, in chunks.
-    Raises `InputError` where an embedding is not finite.
+    Classes with equal `names` have one score and stay in their order: ImageNet's list has two such pairs, of which all
+    published numbers take the first. Raises `InputError` where an embedding is not finite.
     """
     classes = len(classifier)
     check_finite(images)
     check_finite(classifier)
     mine, own = images[rank() :: world_size()], labels.to(images.device)[rank() :: world_size()]
     totals = torch.zeros(len(ks), classes, dtype=torch.int64, device=images.device)
+    first, behind = _namesakes(names or [], images.device)
     for chunk, label in zip(torch.split(mine, chunk_size), torch.split(own, chunk_size), strict=True):
-        totals += class_hits_of(similarities(chunk, classifier), label, ks)
+        scores = similarities(chunk, classifier)
+        if first is not None:
+            scores = scores[:, first]
+        totals += class_hits_of(scores, label, ks, behind)
     return sum_over_ranks(totals), torch.bincount(labels, minlength=classes)
 
 
@@ -105,8 +115,17 @@ class ZeroShotClassification:
             return sizes | mean_average_precision(images, classifier, multi_hot(targets, len(names)))
         labels = labels_of(targets, len(names)).to(images.device)
         # Top-1 goes first whatever `ks` says: mean per class recall needs it.
-        hits, counts = class_hits(images, classifier, labels, (1, *self.ks))
+        hits, counts = class_hits(images, classifier, labels, (1, *self.ks), names=names)
         return sizes | classification_metrics(hits, counts, self.ks)
+
+
+def _namesakes(names: Sequence[str], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Say of each class which is the first of its name, and how many of its name come after it; None if none does."""
+    if len(set(names)) == len(names):
+        return None, None
+    first = [names.index(name) for name in names]
+    behind = [list(names[number + 1 :]).count(name) for number, name in enumerate(names)]
+    return torch.tensor(first, device=device), torch.tensor(behind, device=device)
 
 
 def _names(given: list[str] | None, own: Any) -> list[str]:

@@ -62,6 +62,10 @@ def test_wrong_input_is_said(source: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(InputError, match="no build of Fashion-MNIST"):
         build(source, tmp_path / "full")
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "full" / "card.json").write_text(damaged)
+        with pytest.raises(InputError, match="is damaged"):
+            build(source, tmp_path / "full")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

@@ -17,31 +17,7 @@ from mmpretrain.evaluation.results import Results
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.pretrained import save
 from mmpretrain.training.checkpoint import save as save_checkpoint
-
-CONFIG: dict[str, Any] = {
-    "model": {
-        "_target_": "mmpretrain.MultimodalModel",
-        "embed_dim": 16,
-        "encoders": {
-            "image": {
-                "_target_": "mmpretrain.ImageEncoder",
-                "name": "vit_tiny_patch16_224",
-                "model_args": {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-            },
-            "text": {
-                "_target_": "mmpretrain.TextEncoder",
-                "vocab_size": 259,
-                "eos_id": 2,
-                "context_length": 40,
-                "width": 32,
-                "depth": 1,
-                "num_heads": 2,
-            },
-        },
-    },
-    "preprocess": {"_target_": "mmpretrain.data.preprocess.Preprocess", "image_size": 16},
-    "tokenizer": {"_target_": "mmpretrain.data.tokenizer.ByteTokenizer", "context_length": 40},
-}
+from tests.test_pretrained import CONFIG
 
 
 def built(seed: int) -> Any:

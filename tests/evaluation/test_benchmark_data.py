@@ -130,6 +130,18 @@ def test_pages_of_the_hub_are_addresses() -> None:
     assert _address("/data/cifar10/") == "/data/cifar10"
 
 
+def test_empty_lines_are_no_classes(tmp_path: Path) -> None:
+    folder = write_digits(tmp_path / "digits")
+    names, templates = folder / "classnames.txt", folder / "zeroshot_classification_templates.txt"
+    expected = READ(folder).classes, READ(folder).templates
+    for path in (names, templates):
+        path.write_text(path.read_text() + "\n \n")
+    assert (READ(folder).classes, READ(folder).templates) == expected
+    names.write_text("zero\n\ntwo\n")
+    with pytest.raises(InputError, match=r"classnames\.txt: line 2 is empty"):
+        READ(folder).classes  # noqa: B018
+
+
 def test_wrong_files(tmp_path: Path) -> None:
     folder = write_digits(tmp_path / "digits")
     with pytest.raises(InputError, match=r"has no val/nshards\.txt"):

@@ -46,3 +46,22 @@ def test_the_state_of_files(tmp_path: Path) -> None:
     assert state_of(tmp_path) == first != state_of(tmp_path / "a" / "0.tar")
     os.utime(tmp_path / "a" / "0.tar", (1, 1))
     assert state_of(tmp_path) != first
+
+
+def test_links_are_followed_and_may_lead_nowhere_or_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "0.tar").write_bytes(b"1")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "test").symlink_to(tmp_path / "real")
+    (linked / "above").symlink_to(linked)
+    (linked / "gone.txt").symlink_to(tmp_path / "nowhere")
+    before = state_of(linked)
+    assert state_of(linked) == before
+    (tmp_path / "real" / "0.tar").write_bytes(b"22")
+    assert state_of(linked) != before
+
+
+def test_what_is_kept_tells_addresses_apart_and_holds_no_secret() -> None:
+    keys = [work("", "x", {"root": f"https://me:{word}@host/x"}, "cpu").key for word in ("secret", "other")]
+    assert "secret" not in str(keys) and keys[0] != keys[1] and "https://host/x" in str(keys[0])

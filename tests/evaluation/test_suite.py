@@ -188,6 +188,8 @@ def test_data_sets_are_found_by_any_of_their_names(tmp_path: Path) -> None:
     assert places(str(tmp_path / "pets"), ["."]) == {".": str((tmp_path / "pets").resolve())}
     hub = "https://huggingface.co/datasets/clip-benchmark/wds_{name}"
     assert places(hub, ["vtab/dtd"]) == {"vtab/dtd": hub.format(name="vtab-dtd")}
+    with pytest.raises(InputError, match="give the folder"):
+        places(hub, ["."])
     with pytest.raises(InputError, match=r"lacks 2 of 3 data sets: cars, vtab/flowers"):
         places(str(tmp_path), ["pets", "cars", "vtab/flowers"])
 

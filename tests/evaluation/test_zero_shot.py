@@ -57,6 +57,19 @@ def test_ties_count_against_the_model() -> None:
         assert hits.sum(dim=1).tolist() == [0, 0, 5] and counts[label] == 5
 
 
+def test_of_classes_with_one_name_the_first_is_taken_as_in_published_numbers() -> None:
+    images, classifier = torch.eye(3)[[0, 0, 1, 2, 2]], torch.eye(3)[[0, 1, 1, 2, 2]]
+    labels, names = torch.tensor([0, 1, 1, 3, 4]), ["a", "b", "b", "c", "c"]
+    hits, _ = class_hits(images, classifier, labels, (1, 2), names=names)
+    assert hits.tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+    hits, _ = class_hits(images, classifier, labels, (1, 2))
+    assert hits.tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 1, 1]]
+    # The names alone decide: that one was embedded a little nearer than the other is rounding.
+    classifier[4, 2] += 1e-6
+    hits, _ = class_hits(images, classifier, labels, (1, 2), names=names)
+    assert hits.tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+
+
 def test_a_rank_without_a_picture_counts_none() -> None:
     hits, counts = class_hits(torch.zeros(0, 4), torch.eye(3, 4), torch.zeros(0, dtype=torch.int64), (1, 5))
     assert hits.tolist() == [[0] * 3] * 2 and counts.tolist() == [0] * 3
@@ -118,6 +131,10 @@ def test_bad_input() -> None:
         ZeroShotClassification(SIX, NAMES, [])(pretrained())
     with pytest.raises(InputError, match="batch_size is 0"):
         ZeroShotClassification(SIX, NAMES, batch_size=0)(pretrained())
+    with pytest.raises(InputError, match="batch_size is 'many'"):
+        ZeroShotClassification(SIX, NAMES, batch_size="many")(pretrained())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="num_workers is -1"):
+        ZeroShotClassification(SIX, NAMES, num_workers=-1)(pretrained())
     with pytest.raises(InputError, match="NaN"):
         class_hits(torch.full((1, 3), torch.nan), torch.eye(3), torch.tensor([0]), (1,))
 
