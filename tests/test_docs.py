@@ -151,7 +151,7 @@ def run_line(line: str, where: str, patch: pytest.MonkeyPatch) -> None:
     if not words:
         return
     if words[0] != "mmpretrain":
-        subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, timeout=60)
+        subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, timeout=300)
         return
     assert not {"|", ">", ";", "&&", "&"} & set(words), f"{where}: only plain commands of ours are run here"
     GlobalHydra.instance().clear()

@@ -32,7 +32,7 @@ def web() -> Iterator[Web]:
         yield server
 
 
-def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -67,7 +67,7 @@ def test_the_reader_finds_them(web: Web, cache: Path) -> None:
         for step, name in enumerate(names):
             prefetch.advance(step)
             if step >= 8 and step % 4 == 0:
-                until(lambda: (cache / cache_name(name)).exists(), 2)  # noqa: B023 (called at once)
+                until(lambda: (cache / cache_name(name)).exists())  # noqa: B023 (called at once)
             assert fetch(name).read_bytes() == bytes([step // 4]) * 5000
     assert len(web.seen) == 10
 
@@ -83,14 +83,12 @@ def test_a_slow_s3_store_is_read_ahead_of(cache: Path, monkeypatch: pytest.Monke
         s3fs.S3FileSystem.clear_instance_cache()
         proxy.pause = 0.1
         with Prefetch(lambda step: urls[step : step + 1], horizon=3) as prefetch:
-            until(lambda: all((cache / cache_name(url)).exists() for url in urls[:3]), 30)
+            until(lambda: all((cache / cache_name(url)).exists() for url in urls[:3]))
             asked = len(proxy.gets)
             for step in range(3):
                 prefetch.advance(0)
-                before = time.monotonic()
                 assert fetch(urls[step]).read_bytes() == objects[f"shards/{step}.tar"]
-                assert time.monotonic() - before < 0.1  # less than one request takes
-            assert len(proxy.gets) == asked == 3
+            assert len(proxy.gets) == asked == 3  # nothing was left to wait for
 
 
 def test_errors_are_left_to_the_reader(web: Web) -> None:
@@ -121,29 +119,30 @@ def test_it_asks_once_for_a_shard_of_many_steps(web: Web) -> None:
     assert sorted(web.seen) == ["/0.tar", "/1.tar", "/2.tar"]
 
 
-def test_it_stops_in_the_middle_of_a_download(web: Web, cache: Path) -> None:
-    web.routes["/0.tar"] = status(503, Retry_After="5")
+def test_it_stops_in_the_middle_of_a_download(web: Web, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "RETRY", Retry(patience=60))
+    web.routes["/0.tar"] = status(503, Retry_After="30")
     prefetch = Prefetch(lambda _: [f"{web.url}/0.tar"], horizon=1)
     until(lambda: len(web.seen) == 1)
     before = time.monotonic()
     prefetch.close()
     prefetch.close()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 10  # not the seconds until the next try
     assert running() == 0
     assert list(cache.iterdir()) == []
 
 
 def test_advance_does_not_wait_for_a_slow_look_ahead(web: Web) -> None:
-    asked, go_on = threading.Event(), threading.Event()
+    asked, go_on, answered = threading.Event(), threading.Event(), threading.Event()
 
     def needed(step: int) -> list[str]:
         asked.set()
-        go_on.wait(10)
+        go_on.wait(60)
+        answered.set()
         return []
 
     with Prefetch(needed, horizon=2) as prefetch:
-        assert asked.wait(5)
-        before = time.monotonic()
+        assert asked.wait(60)
         prefetch.advance(1)
-        assert time.monotonic() - before < 1
+        assert not answered.is_set()
         go_on.set()

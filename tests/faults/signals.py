@@ -26,7 +26,7 @@ from tests.shard_sets import OVERRIDES, write_pictures
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WITHIN = 10.0
 """Seconds from the signal to the end of the last rank."""
-PATIENCE = 180.0  # seconds for a run to begin on a busy machine
+PATIENCE = 180.0  # seconds for a run to begin, and to end, on a busy machine
 STOPPED_AT = re.compile(r"stopped at step (\d+) of")
 
 
@@ -54,9 +54,13 @@ class Verdict(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether it was a clean end in time that cost no finished step."""
+        return self.clean and self.seconds <= WITHIN
+
+    @property
+    def clean(self) -> bool:
+        """The same without the clock, which on a busy machine says nothing of the run."""
         return (
             all(status == 75 for status in self.statuses)
-            and self.seconds <= WITHIN
             and not self.traceback
             and self.stopped_at is not None
             and self.saved_at == self.stopped_at
@@ -115,7 +119,7 @@ def run_trial(shards: Path, folder: Path, trial: Trial) -> Verdict:
         assert pid is not None
         signalled_at, sent = last_step(folder), time.monotonic()
         os.kill(pid, trial.number)
-        while any(process.is_alive() for process in run.processes) and time.monotonic() < sent + 3 * WITHIN:
+        while any(process.is_alive() for process in run.processes) and time.monotonic() < sent + PATIENCE:
             time.sleep(0.01)
         seconds = time.monotonic() - sent
         statuses = run.wait(0)
@@ -160,7 +164,7 @@ def run_launched(shards: Path, folder: Path, launcher: str, target: int, number:
         ranks = _ranks(process.pid, launcher)
         signalled_at, sent = last_step(folder), time.monotonic()
         os.kill(ranks[target], number)
-        status = process.wait(3 * WITHIN)
+        status = process.wait(PATIENCE)
         seconds = time.monotonic() - sent
     finally:
         process.kill()

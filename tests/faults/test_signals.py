@@ -17,11 +17,11 @@ from tests.faults.signals import Trial, run_launched, run_trial
 )
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(trial, shards: Path, tmp_path: Path):
     verdict = run_trial(shards, tmp_path / "run", trial)
-    assert verdict.holds, (verdict, (tmp_path / "run.log").read_text())
+    assert verdict.clean, (verdict, (tmp_path / "run.log").read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_launchers(launcher, shards: Path, tmp_path: Path):
     verdict = run_launched(shards, tmp_path / "run", launcher, 1, signal.SIGUSR1)
-    assert verdict.holds, (verdict, (tmp_path / "run.log").read_text())
+    assert verdict.clean, (verdict, (tmp_path / "run.log").read_text())

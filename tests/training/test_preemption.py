@@ -25,7 +25,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(number, target, worker
     pids = toy.wait_for_step(tmp_path, 2, 4)
     sent = time.monotonic()
     os.kill(pids[target], number)
-    assert toy.end(ranks, 10) == [STOPPED, STOPPED], (tmp_path / "output").read_text()
+    assert toy.end(ranks, 60) == [STOPPED, STOPPED], (tmp_path / "output").read_text()
     at = {(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)}
     assert at == {str(toy.steps(tmp_path, 0)[-1][0])} and toy.steps(tmp_path, 1)[-1][0] == int(at.pop())
     # The step in which the signal came ends, one more carries the vote.
@@ -41,7 +41,7 @@ def test_one_process_stops_after_the_step_though_it_is_told_twice(tmp_path):
     time.sleep(0.1)
     os.kill(pid, signal.SIGINT)  # launchers pass on what the terminal sent already
     os.kill(pid, signal.SIGTERM)
-    assert toy.end([process], 10) == [STOPPED]
+    assert toy.end([process], 50) == [STOPPED]
     assert toy.steps(tmp_path, 0)[-1][0] == int((tmp_path / "stopped_0").read_text()) <= 3
 
 
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         os.kill(pid, signal.SIGINT)
         time.sleep(1.2)
         os.kill(pid, signal.SIGINT)
-    (status,) = toy.end([process], 5)
+    (status,) = toy.end([process], 20)
     output = (tmp_path / "output").read_text()
     assert (status, "the last checkpoint stays" in output) == (130, True), (status, output)
 
@@ -68,7 +68,7 @@ def test_before_training_a_signal_ends_the_process_at_once(tmp_path):
         time.sleep(0.02)
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGTERM)
-    assert toy.end([process], 10) == [STOPPED]
+    assert toy.end([process], 50) == [STOPPED]
     assert "SIGTERM: ended before training began" in (tmp_path / "output").read_text()
 
 
@@ -82,7 +82,7 @@ def test_workers_ignore_signals_and_die_with_their_owner(tmp_path):
     toy.wait_for_step(tmp_path, 1, now + 20)
     assert toy.children(pid) == [worker]
     process.kill()
-    assert toy.ends(worker, 3)
+    assert toy.ends(worker, 30)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_lightning_does_not_kill_rank_0_when_its_child_ends(tmp_path):
     pids = toy.wait_for_step(tmp_path, 2, 4)
     assert pids[0] == process.pid
     os.kill(pids[1], signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == STOPPED and "Traceback" not in error, error
 
 
@@ -105,7 +105,7 @@ def test_torchrun(tmp_path, to_agent):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     pids = toy.wait_for_step(tmp_path, 2, 4)
     os.kill(process.pid if to_agent else pids[1], signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert {(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)} == {str(toy.steps(tmp_path, 0)[-1][0])}
     assert process.returncode == 1, error  # torchrun's own; its log has the ranks'
     if not to_agent:
