@@ -67,6 +67,8 @@ def convert(source: str, out: str | Path, weights: Path | None = None, tokenizer
 def _open_clip(given: Given) -> Converted:
     from mmpretrain.interop.open_clip_in import from_name
 
+    if not given.target:
+        raise InputError("open_clip: needs a name such as open_clip:ViT-B-32, or a folder")
     if given.weights is None and not Path(given.target).is_dir():
         return _fetched("open_clip", given)
     return from_name(given.target, given.weights, tokenizer=given.tokenizer)

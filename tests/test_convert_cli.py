@@ -44,6 +44,7 @@ def test_openai_end_to_end(weights, tmp_path):
         ),
         (["openai", "out"], "of no known format"),
         (["openai:", "out"], "needs --weights FILE"),
+        (["open_clip:", "--weights", "x.txt", "out"], "needs a name such as open_clip:ViT-B-32"),
         (["openai:", "--weights", "nothing.pt", "out"], "nothing.pt does not exist"),
         (["openai:", "--weights", "x.txt", "out"], "is no file of weights that is read"),
         (["openai:", "--weights", "x.txt", "--tokenizer", ".", "out"], "leave --tokenizer out"),

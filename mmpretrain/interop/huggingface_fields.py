@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmpretrain.errors import InputError
 
 LARGEST = 2**31 - 1
 """Of any count; more fits no file."""
-COUNTERS = ("eos_token_id",)
-"""Numbers that may be 0."""
+COUNTERS = ("eos_token_id", "eos_id", "pad_id")
+"""Whole numbers that may be 0."""
 
 
 def section(config: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
@@ -56,7 +56,7 @@ def colours(value: Any, name: str, source: str) -> list[float]:
     return [float(x) for x in values]
 
 
-def is_count(value: Any, lowest: int = 1) -> bool:
+def is_count(value: Any, lowest: int = 1) -> TypeGuard[int]:
     """Whether it is a whole number from `lowest` to `LARGEST`."""
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST
 

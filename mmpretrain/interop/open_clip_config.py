@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mmpretrain.errors import InputError
 from mmpretrain.interop import open_clip_names as names
+from mmpretrain.interop.huggingface_fields import is_count
 from mmpretrain.interop.names import Entry
 from mmpretrain.interop.open_clip_image import fields, image_tower, refused
 from mmpretrain.interop.open_clip_text import decoder, text_tower
@@ -50,9 +51,9 @@ def describe(
     `prefix`: what the names of the text encoder begin with, where weights do not follow the config; None = they do.
     """
     given = fields(config, DEFAULTS, "config")
-    if not given["embed_dim"] or not all(isinstance(given[key], Mapping) for key in ("vision_cfg", "text_cfg")):
+    embed_dim, quick_gelu, text = given["embed_dim"], bool(given["quick_gelu"]), given["text_cfg"]
+    if not is_count(embed_dim) or not isinstance(given["vision_cfg"], Mapping) or not isinstance(text, Mapping):
         raise InputError("this is no config of open_clip's: it lacks embed_dim, vision_cfg or text_cfg")
-    embed_dim, quick_gelu, text = int(given["embed_dim"]), bool(given["quick_gelu"]), given["text_cfg"]
     prefix = text_prefix(config) if prefix is None else prefix
     image = image_tower(given["vision_cfg"], embed_dim, quick_gelu)
     caption = given["multimodal_cfg"] and decoder(given["multimodal_cfg"], text, image, quick_gelu)

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmpretrain.errors import InputError
 from mmpretrain.interop import open_clip_names as names
+from mmpretrain.interop.huggingface_fields import check_kinds
 from mmpretrain.interop.modified_resnet import resnet_encoder, resnet_projection
 from mmpretrain.interop.names import Entry
 
@@ -46,6 +47,15 @@ DEFAULTS: dict[str, Any] = {
 }
 """Fields of `vision_cfg` that are read, and what open_clip takes where one is left out."""
 
+FREE = ("layers", "image_size", "patch_size")
+"""Numbers that may be lists (a ResNet's layers) or nothing, of which those who read them say what is wrong."""
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("act_kwargs", "norm_kwargs", "tokenizer_kwargs", "multimodal_cfg"), (Mapping,)),
+    **dict.fromkeys(("timm_model_name", "hf_model_name", "hf_tokenizer_name"), (str,)),
+    **dict.fromkeys(("timm_drop_path", "ls_init_value", "init_logit_scale", "init_logit_bias"), (int, float)),
+}
+"""Of what kind those are whose default is nothing."""
+
 NORMS = {1e-5: None, 1e-6: "layernorm"}
 """Epsilon of a ViT's norms -> timm's name of such a norm; None is what the architecture has by itself."""
 
@@ -63,11 +73,21 @@ class Tower(NamedTuple):
 
 
 def fields(given: Mapping[str, Any], defaults: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Fill in what is left out; raises `InputError` that names every field that asks for a feature we lack."""
+    """Fill in what is left out; raises `InputError` that names every field that asks for a feature we lack.
+
+    Raises it too for a field that is not of its kind: a number, a name, names with values.
+    """
     missing = [f"{section}.{key}={value!r}" for key, value in given.items() if key not in defaults and value]
     if missing:
         raise InputError(f"no encoder here has {', '.join(missing)}; the model cannot be converted")
-    return {**defaults, **{key: value for key, value in given.items() if key in defaults}}
+    found = {**defaults, **{key: value for key, value in given.items() if key in defaults}}
+    numbers = {key: x for key, x in defaults.items() if type(x) in (int, float) and key not in FREE}
+    check_kinds(found, numbers, section)
+    for key in OPTIONAL.keys() & defaults.keys():
+        if found[key] is not None and not isinstance(found[key], OPTIONAL[key]):
+            expected = " or ".join(kind.__name__ for kind in OPTIONAL[key])
+            raise InputError(f"{section}.{key} is {found[key]!r:.80}; expected {expected}, or null")
+    return found
 
 
 def refused(feature: str, why: str) -> InputError:
@@ -235,13 +255,24 @@ def _on_meta(name: str, args: Mapping[str, Any]) -> Any:
 
     if not timm.is_model(name):
         raise refused(f"vision_cfg.timm_model_name={name!r}", f"timm {timm.__version__} has no such model")
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, **args)
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **args)
+    except Exception as error:  # each architecture checks its options in its own way
+        raise _unbuilt(name, args, error) from error
+
+
+def _unbuilt(name: str, args: Mapping[str, Any], error: Exception) -> InputError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return refused(f"vision_cfg.timm_model_name={name!r}", f"timm does not build it with {dict(args)} ({said})")
 
 
 def _check_pool(name: str, args: Mapping[str, Any], pool: str, trunk: Any) -> None:
     """open_clip sets the pooling after the backbone is built, which is not always the same as building it so."""
-    trunk.reset_classifier(0, global_pool=pool)
+    try:
+        trunk.reset_classifier(0, global_pool=pool)
+    except Exception as error:
+        raise _unbuilt(name, {"global_pool": pool}, error) from error
     built = _on_meta(name, {**args, "global_pool": pool, "num_classes": 0})
     if trunk.state_dict().keys() != built.state_dict().keys():
         raise refused(f"vision_cfg.timm_pool={pool!r}", f"{name} has it only without a projection of open_clip's")

@@ -14,10 +14,14 @@ from torch import Tensor
 from mmpretrain.encoders.image import CLIP_MEAN, CLIP_STD
 from mmpretrain.errors import InputError
 from mmpretrain.interop.converted import Converted, as_float32, expected
+from mmpretrain.interop.fetch import hub_folder
 from mmpretrain.interop.files import read_tensors
+from mmpretrain.interop.huggingface_config import read_json
+from mmpretrain.interop.huggingface_fields import colours, section
 from mmpretrain.interop.names import check_keys, to_ours
 from mmpretrain.interop.open_clip_config import Described, describe
-from mmpretrain.interop.open_clip_image import refused
+from mmpretrain.interop.open_clip_image import fields, refused
+from mmpretrain.interop.open_clip_text import DEFAULTS as TEXT
 from mmpretrain.interop.tokenizer_in import FILE, SETTINGS, huggingface_tokenizer, special_tokens
 
 CONFIG = "open_clip_config.json"
@@ -53,7 +57,7 @@ def from_name(
     """
     folder = Path(name)
     if folder.is_dir():
-        content = _json(folder / CONFIG)
+        content = read_json(folder / CONFIG)
         if not isinstance(content.get("model_cfg"), dict):
             raise InputError(f"{folder / CONFIG} has no model_cfg; expected a folder saved by open_clip")
         own = folder if (folder / FILE).is_file() else None
@@ -78,7 +82,7 @@ def from_config(
     hub, a folder with its `tokenizer.json`, and for a Hugging Face text encoder also its `config.json`; None asks the
     hub. Raises `InputError` for a feature that is missing here and for tensors that do not fit, naming them.
     """
-    text = config.get("text_cfg", {})
+    text = fields(section(config, "text_cfg", name), TEXT, "text_cfg")
     folder, huggingface = _text_files(text, tokenizer)
     eos_id = special_tokens(folder).end_id if folder else None
     custom = any(key.startswith("text.") for key in weights)
@@ -90,7 +94,7 @@ def from_config(
     ours = as_float32(to_ours(tensors, described.table, source))
     check_keys(ours, expected(described.model), source)
     settings = _settings(preprocess)
-    described.model["encoders"]["image"] |= {key: [float(x) for x in settings[key]] for key in ("mean", "std")}
+    described.model["encoders"]["image"] |= {key: settings[key] for key in ("mean", "std")}
     parts = {
         "model": described.model,
         "preprocess": _preprocess(described, settings),
@@ -111,7 +115,7 @@ def packaged(name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         base = base.replace("/", "-")
     if base not in files:
         raise InputError(f"open_clip packages no config {name!r} and it is no folder; see open_clip.list_models()")
-    config = _json(files[base])
+    config = read_json(files[base])
     tags = _tags(base)
     if tag:
         if tag not in tags:
@@ -154,27 +158,19 @@ def _text_files(text: Mapping[str, Any], given: Path | None) -> tuple[Path | Non
     directory = folder if folder.is_dir() else folder.parent
     if not (directory / "config.json").is_file():
         directory = _hub_folder(model, "config.json", ())
-    return folder, _json(directory / "config.json")
+    return folder, read_json(directory / "config.json")
 
 
 def _hub_folder(repository: str, file: str, beside: tuple[str, ...]) -> Path:
     """Return the folder of a file of a hub repository (or of a local folder of that name), fetched where it is not."""
     if (Path(repository) / file).is_file():
         return Path(repository)
-    from huggingface_hub import hf_hub_download
-
     try:
-        folder = Path(hf_hub_download(repository, file)).parent
-    except Exception as error:  # of the network, of the hub, of its cache: no base in common
-        raise InputError(
-            f"{file} of {repository!r} cannot be fetched ({type(error).__name__}); give a folder that has it: "
-            "--tokenizer FOLDER"
-        ) from error
-    for name in beside:
-        try:
-            hf_hub_download(repository, name)
-        except Exception:  # not every tokenizer has each of them
-            continue
+        folder = hub_folder(repository, None, (file, *beside))
+    except InputError as error:
+        raise InputError(f"{error}; give a folder that has {file}: --tokenizer FOLDER") from error
+    if not (folder / file).is_file():
+        raise InputError(f"hf-hub:{repository} has no {file}; give a folder that has it: --tokenizer FOLDER")
     return folder
 
 
@@ -183,10 +179,7 @@ def _settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     for key, known in (("resize_mode", RESIZE), ("interpolation", INTERPOLATION), ("mode", ("RGB",))):
         if settings[key] not in known:
             raise refused(f"preprocess_cfg.{key}={settings[key]!r}", f"known are {', '.join(known)}")
-    for key in ("mean", "std"):
-        if isinstance(settings[key], int | float):
-            settings[key] = [settings[key]] * 3
-    return settings
+    return settings | {key: colours(settings[key], key, "preprocess_cfg") for key in ("mean", "std")}
 
 
 def _preprocess(described: Described, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,13 +209,3 @@ def _tokenizer(described: Described, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         return huggingface_tokenizer(folder, length, clean, strip, pad)
     return {"_target_": "mmpretrain.data.tokenizer.ClipTokenizer", "context_length": length, "pad": pad}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}; expected names with values")
-    return content

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -104,17 +105,22 @@ def trunks():
     torch.set_num_threads(before)
 
 
+@functools.cache
+def pair_of(name):
+    """One of `MODELS` in both libraries, for tests that change nothing in it."""
+    return both(MODELS[name])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_pictures_and_texts_have_open_clips_embeddings(name):
-    config = MODELS[name]
-    pair = both(config)
+    config, pair = MODELS[name], pair_of(name)
     found = errors(pair, config["vision_cfg"]["image_size"], *tokenized(pair, config))
     assert max(found) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_names_go_back_to_the_bit(name):
-    pair = both(MODELS[name])
+    pair = pair_of(name)
     back = to_theirs(pair.ours.state_dict(), describe(MODELS[name]).table, name)
     given = pair.theirs.state_dict()
     assert back.keys() == given.keys()
@@ -186,8 +192,7 @@ def test_coca_with_two_poolers_converts(kind):
 
 
 def test_half_precision_weights_without_a_bias_and_old_extras_convert():
-    config = MODELS["timm-siglip"]
-    pair = both(config)
+    config, pair = MODELS["timm-siglip"], pair_of("timm-siglip")
     weights = {name: x.half() for name, x in pair.theirs.state_dict().items() if name != "logit_bias"}
     weights["text.transformer.embeddings.position_ids"] = torch.arange(4)
     made = from_config(config, weights)
@@ -196,15 +201,14 @@ def test_half_precision_weights_without_a_bias_and_old_extras_convert():
 
 
 def test_counters_of_batch_norm_are_carried_as_integers():
-    pair = both(MODELS["timm-mobileclip"])
+    pair = pair_of("timm-mobileclip")
     counters = [x for name, x in pair.made.weights.items() if name.endswith("num_batches_tracked")]
     assert counters
     assert all(x.dtype == torch.int64 for x in counters)
 
 
 def test_weights_of_the_other_class_convert_by_the_names_they_have():
-    config = MODELS["vit-custom-text"]
-    pair = both(config)
+    config, pair = MODELS["vit-custom-text"], pair_of("vit-custom-text")
     plain = {name.removeprefix("text."): x for name, x in pair.theirs.state_dict().items()}
     assert from_config(config, plain).weights.keys() == pair.made.weights.keys()
 
@@ -215,7 +219,7 @@ def folder(tmp_path):
     settings = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     content = {"model_cfg": config, "preprocess_cfg": settings}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    save_file(both(config).theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    save_file(pair_of("vit").theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
     return tmp_path
 
 
@@ -239,7 +243,7 @@ def _picture():
 
 @pytest.mark.parametrize("name", ["vit-average-norm-behind", "resnet", "timm-convnext-mlp", "timm-mobileclip"])
 def test_a_converted_model_is_saved_and_loaded_to_the_bit(name, tmp_path):
-    pair = both(MODELS[name])
+    pair = pair_of(name)
     loaded, _, tokenizer = load(write(pair.made, tmp_path / "model"))
     given = pair.ours.state_dict()
     assert all(torch.equal(x, given[key]) for key, x in loaded.state_dict().items())
@@ -295,7 +299,7 @@ def test_a_feature_that_is_missing_is_named(message):
 
 
 def test_tensors_and_files_that_do_not_fit_are_named(folder):
-    weights = dict(both(MODELS["vit"]).theirs.state_dict())
+    weights = dict(pair_of("vit").theirs.state_dict())
     with pytest.raises(InputError, match=r"open_clip:x.*no place for extra"):
         from_config(MODELS["vit"], weights | {"extra": torch.zeros(1)}, name="x")
     del weights["visual.proj"]
@@ -308,14 +312,47 @@ def test_tensors_and_files_that_do_not_fit_are_named(folder):
     with pytest.raises(InputError, match="give a file with --weights"):
         from_name("ViT-B-32")
     with pytest.raises(InputError, match=r"preprocess_cfg\.resize_mode='stretch'"):
-        from_config(MODELS["vit"], both(MODELS["vit"]).theirs.state_dict(), {"resize_mode": "stretch"})
+        from_config(MODELS["vit"], pair_of("vit").theirs.state_dict(), {"resize_mode": "stretch"})
+    with pytest.raises(InputError, match=r"preprocess_cfg: mean is \[0\.5\]; expected one number, or three"):
+        from_config(MODELS["vit"], pair_of("vit").theirs.state_dict(), {"mean": [0.5]})
     (folder / "open_clip_config.json").write_text("{}")
     with pytest.raises(InputError, match="has no model_cfg"):
         from_name(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "said"),
+    [
+        ("", "text_cfg", [1], r"text_cfg is \[1\]; expected names with values"),
+        ("", "embed_dim", "512", "lacks embed_dim"),
+        ("", "init_logit_bias", "low", "config.init_logit_bias is 'low'; expected int or float, or null"),
+        ("vision_cfg", "width", None, "vision_cfg.width is None; expected a whole number from 1"),
+        ("vision_cfg", "head_width", 0, "vision_cfg.head_width is 0; expected a whole number from 1"),
+        ("vision_cfg", "norm_kwargs", 1e-6, "vision_cfg.norm_kwargs is 1e-06; expected Mapping, or null"),
+        ("text_cfg", "mlp_ratio", "4", "text_cfg.mlp_ratio is '4'; expected a number"),
+        ("text_cfg", "hf_model_name", 3, "text_cfg.hf_model_name is 3; expected str, or null"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(section, field, value, said):
+    config = json.loads(json.dumps(MODELS["vit"]))
+    (config[section] if section else config)[field] = value
+    with pytest.raises(InputError, match=said):
+        from_config(config, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"timm_pool": "most"}, "does not build it with .*'most'"), ({"patch_dropout": 0.5}, "patch_drop_rate")],
+)
+def test_what_timm_does_not_build_is_said(change, said):
+    config = json.loads(json.dumps(MODELS["timm-convnext-average"]))
+    config["vision_cfg"] |= change
+    with pytest.raises(InputError, match=rf"timm_model_name='tiny_convnext': .*{said}"):
+        describe(config)
+
+
 def test_an_encoder_that_reads_padding_reads_it_in_full():
-    pair = both(MODELS["timm-mobileclip"])
+    pair = pair_of("timm-mobileclip")
     with pytest.raises(InputError, match="reads padding as text"):
         pair.ours.embed("text", Padded(torch.zeros(2, 5, dtype=torch.int64)))
 
@@ -324,22 +361,23 @@ def test_a_tokenizer_of_the_hub_is_fetched_or_asked_for(tmp_path, monkeypatch):
     there = word_tokenizer(tmp_path, *TOKENIZERS["siglip"])
     asked = []
 
-    def download(repository, file):
-        asked.append((repository, file))
-        if repository != "org/words" or not (there / file).is_file():
-            raise OSError("no such file")
-        return str(there / file)
+    def download(repository, revision, allow_patterns):
+        asked.append(allow_patterns)
+        if repository == "org/none":
+            raise OSError("no such repository")
+        return str(there if repository == "org/words" else tmp_path / "empty")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     config = native(text={"vocab_size": 64, "hf_tokenizer_name": str(there), **OTHER_TOKENIZERS["siglip"]}, **CUSTOM)
     weights = both(config, there).theirs.state_dict()
     config["text_cfg"]["hf_tokenizer_name"] = "org/words"
     made = from_config(config, weights)
     assert made.config["tokenizer"]["path"] == str(there)
-    assert [file for _, file in asked] == ["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"]
-    config["text_cfg"]["hf_tokenizer_name"] = "org/none"
-    with pytest.raises(InputError, match=r"tokenizer\.json of 'org/none' cannot be fetched.*--tokenizer FOLDER"):
-        from_config(config, weights)
+    assert asked == [["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"]]
+    for name, said in (("org/none", "cannot fetch hf-hub:org/none"), ("org/empty", "hf-hub:org/empty has no tokeniz")):
+        config["text_cfg"]["hf_tokenizer_name"] = name
+        with pytest.raises(InputError, match=rf"{said}.*--tokenizer FOLDER"):
+            from_config(config, weights)
 
 
 def test_pooling_at_an_end_id_that_clips_own_tokenizer_does_not_give_is_refused():
