@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmpretrain.data.cleaning import Clean
 from mmpretrain.encoders.huggingface_text import plain_config
 from mmpretrain.errors import InputError
 from mmpretrain.interop.converted import Converted, as_float32
 from mmpretrain.interop.files import HUGGINGFACE, read_tensors
 from mmpretrain.interop.huggingface_config import read_json
+from mmpretrain.interop.huggingface_fields import is_count
 from mmpretrain.interop.tokenizer_in import huggingface_tokenizer
 
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -31,7 +34,7 @@ def from_folder(path: str | Path, name: str | None = None) -> Converted:
         raise InputError(f"{folder} is no folder of a sentence encoder: there is no config.json")
     config = plain_config(read_json(folder / "config.json"))
     pooling = _pooling(folder)
-    length = _length(folder, config)
+    length, clean = _texts(folder, config)
     model = {
         "_target_": "mmpretrain.model.MultimodalModel",
         "embed_dim": config["hidden_size"],
@@ -54,7 +57,7 @@ def from_folder(path: str | Path, name: str | None = None) -> Converted:
     parts = {
         "model": model,
         "preprocess": {"_target_": "mmpretrain.data.preprocess.Preprocess", "image_size": 224},  # there are no pictures
-        "tokenizer": huggingface_tokenizer(folder, length),
+        "tokenizer": huggingface_tokenizer(folder, length, clean),
     }
     import torch
 
@@ -98,17 +101,29 @@ def _pooling(folder: Path) -> str:
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
-    import json
-
     file = folder / "modules.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is no JSON: {error}") from error
-    return [module for module in content if isinstance(module, dict)]
+    if not isinstance(content, list) or not all(isinstance(module, dict) for module in content):
+        raise InputError(f"{file} is no list of modules, as sentence-transformers writes it")
+    return content
 
 
-def _length(folder: Path, config: dict[str, Any]) -> int:
-    file = folder / "sentence_bert_config.json"
-    given = read_json(file).get("max_seq_length") if file.is_file() else None
-    return int(given or config["max_position_embeddings"])
+def _texts(folder: Path, config: dict[str, Any]) -> tuple[int, Clean]:
+    """Return how long texts are, and how they are cleaned; raises `InputError` for words put before each of them."""
+    names = "sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json"
+    settings, tokenizer, library = (read_json(folder / n) if (folder / n).is_file() else {} for n in names)
+    if library.get("default_prompt_name"):
+        raise InputError(
+            f"{folder / names[2]} puts the prompt {library['default_prompt_name']!r} before every text, which ours "
+            "does not; set default_prompt_name to null, and write the prompt yourself"
+        )
+    length = settings.get("max_seq_length")
+    if length is None:  # RoBERTa has two positions more than texts have ids, which only its tokenizer says
+        known = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"))
+        length = min((x for x in known if is_count(x)), default=None)
+    if not is_count(length):
+        raise InputError(f"{folder / names[0]} has no max_seq_length that is a whole number: {length!r}; set it")
+    return length, "lowercase" if settings.get("do_lower_case") else "none"

@@ -78,12 +78,25 @@ def test_weights_under_other_names_are_listed(folder):
     [
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by pooling_mode_max_tokens"),
         ("modules.json", [{"type": "sentence_transformers.models.CNN"}], "lists CNN"),
+        ("modules.json", {"0": "Transformer"}, "is no list of modules"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "the prompt 'query' before every text"),
+        ("sentence_bert_config.json", {"max_seq_length": "all"}, "no max_seq_length that is a whole number: 'all'"),
     ],
 )
-def test_what_is_pooled_otherwise_is_refused(folder, file, content, message):
+def test_what_ours_does_not_do_is_refused(folder, file, content, message):
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         from_folder(folder)
+
+
+def test_texts_are_lowered_and_cut_as_the_folder_says(folder):
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": 18}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = from_folder(folder).config
+    assert config["tokenizer"]["clean"] == "lowercase"
+    assert config["tokenizer"]["context_length"] == 18  # of 20 positions
+    assert config["model"]["encoders"]["text"]["context_length"] == 18
 
 
 def test_packages_that_hold_none_are_named():
