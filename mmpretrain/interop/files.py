@@ -85,18 +85,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _read_index(path: Path) -> dict[str, Tensor]:
-    """Read the files that an index names; they lie beside it."""
+def read_places(path: Path) -> dict[str, str]:
+    """Return name of a tensor -> file beside the index `path` that holds it; raises `InputError` for other content."""
     if path.stat().st_size > MOST_INDEX:
         raise InputError(f"{path} has {path.stat().st_size} bytes; an index has at most {MOST_INDEX}")
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
+        places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = set(places.values())
         beside = all(name == Path(name).name and name not in ("", ".", "..") for name in files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no index of weights: no names with files under weight_map") from error
     if not beside or any(name.endswith(".index.json") for name in files):
         raise InputError(f"{path} names files that do not lie beside it; expected plain names such as {HUGGINGFACE[0]}")
+    return places
+
+
+def _read_index(path: Path) -> dict[str, Tensor]:
+    places = read_places(path)
+    files = sorted(set(places.values()))
     found: dict[str, Tensor] = {}
     for name in files:
         if not (path.parent / name).is_file():

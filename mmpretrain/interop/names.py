@@ -96,7 +96,7 @@ def _renamed(tensors: Mapping[str, Tensor], ways: Sequence[Way], other: str) -> 
                 continue
             names = [_filled(template, match) for template in given]
             if lacking := [part for part in names if part not in left]:
-                missing += lacking
+                missing += [part for part in lacking if part not in missing]
                 continue
             taken = tuple(left.pop(part) for part in names)
             ours = [_filled(template, match) for template in made]
@@ -119,11 +119,9 @@ def _renamed(tensors: Mapping[str, Tensor], ways: Sequence[Way], other: str) -> 
     return found
 
 
-def check_keys(
-    given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, optional: Iterable[str] = ()
-) -> None:
+def check_keys(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Raise `InputError` unless `given` has the names and shapes of `expected`; all that differ are said at once."""
-    missing = sorted(set(expected) - set(given) - set(optional))
+    missing = sorted(set(expected) - set(given))
     extra = sorted(set(given) - set(expected))
     shapes = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from mmpretrain.errors import InputError
 from mmpretrain.interop.converted import Converted, write
 from mmpretrain.interop.fetch import hub_file, hub_folder, hub_list, tensors_at
-from mmpretrain.interop.files import HUGGINGFACE, OPEN_CLIP, read_tensors
+from mmpretrain.interop.files import HUGGINGFACE, OPEN_CLIP, read_places, read_tensors
 from mmpretrain.pretrained import CONFIG, WEIGHTS
 
 OPENAI_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -193,8 +192,7 @@ def _with_weights(found: _Repository, names: Sequence[str]) -> Path:
         )
     wanted = {weights, *(name for name in found.files if name.endswith(SMALL))}
     if weights.endswith(".index.json"):
-        index = json.loads(hub_file(found.name, [weights], found.revision).read_text(encoding="utf-8"))
-        wanted |= {str(file) for file in index.get("weight_map", {}).values()} & found.files
+        wanted |= found.files & set(read_places(hub_file(found.name, [weights], found.revision)).values())
     return hub_folder(found.name, found.revision, sorted(wanted))
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmpretrain.errors import InputError
+from mmpretrain.interop.huggingface_config import read_json
 
 FILE, SETTINGS = "tokenizer.json", ("special_tokens_map.json", "tokenizer_config.json")
 """What is read of a tokenizer's folder; the later of two settings wins."""
+
+
+TOKENS = ("bos_token", "eos_token", "sep_token", "pad_token")
+"""Settings that name a token."""
 
 
 class Specials(NamedTuple):
@@ -96,15 +100,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in SETTINGS:
         if not (folder / name).is_file():
             continue
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{folder / name} is no JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{folder / name} holds {type(content).__name__}; expected settings by name")
-        found |= {
+        settings = {
             key: value["content"] if isinstance(value, dict) and "content" in value else value
-            for key, value in content.items()
+            for key, value in read_json(folder / name).items()
             if value is not None
         }
+        if wrong := [key for key in TOKENS if not isinstance(settings.get(key, ""), str)]:
+            raise InputError(f"{folder / name}: {wrong[0]} is {settings[wrong[0]]!r:.80}; expected a token as text")
+        found |= settings
     return found

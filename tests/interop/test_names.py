@@ -56,6 +56,12 @@ def test_a_first_partner_that_is_not_there_is_named_too():
         to_ours(given, TABLE, "weights.pt")
 
 
+def test_a_partner_that_several_lack_is_named_once():
+    table = [split(["q.{p}", "k.{p}", "v.{p}"], "qkv.{p}")]
+    with pytest.raises(InputError, match=r"no place for k\.bias, v\.bias; missing partners: q\.bias\. The"):
+        to_ours({"k.bias": torch.zeros(2), "v.bias": torch.zeros(2)}, table, "x")
+
+
 def test_keys_and_shapes_that_differ_are_all_named():
     expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
     check_keys(expected, expected, "x")
@@ -63,4 +69,3 @@ def test_keys_and_shapes_that_differ_are_all_named():
         InputError, match=r"x does not fit .*missing c; extra d; wrong shapes b \(4,\) instead of \(3,\)"
     ):
         check_keys({"a": torch.zeros(2), "b": torch.zeros(4), "d": torch.zeros(1)}, expected, "x")
-    check_keys({"a": torch.zeros(2), "b": torch.zeros(3)}, expected, "x", optional=["c"])

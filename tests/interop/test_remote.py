@@ -203,6 +203,15 @@ def test_a_repository_of_the_hub_is_converted_by_the_files_it_has(hub):
         remote.fetch("hf-hub:org/clip")
 
 
+def test_an_index_of_the_hub_that_is_none_is_named(hub):
+    repository = hub / "org" / "parts"
+    repository.mkdir(parents=True)
+    (repository / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    (repository / "model.safetensors.index.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"index\.json is no index of weights"):
+        remote.fetch("hf-hub:org/parts")
+
+
 def test_a_model_folder_of_ours_is_taken_as_it_is(hub, cache):
     write(from_state_dict(released(tiny_clip("resnet"))), hub / "org" / "ours")
     folder = remote.resolve("hf-hub:org/ours")

@@ -57,8 +57,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     word_tokenizer(tmp_path, "$A </s>", {"pad_token": "<gone>"})
     with pytest.raises(InputError, match="lacks '<gone>', which"):
         special_tokens(tmp_path)
+    word_tokenizer(tmp_path, "$A </s>", {"pad_token": 1})
+    with pytest.raises(InputError, match="pad_token is 1; expected a token as text"):
+        special_tokens(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps([]))
-    with pytest.raises(InputError, match="expected settings by name"):
+    with pytest.raises(InputError, match="holds list; expected a JSON object"):
         special_tokens(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"is not a tokenizer\.json"):
