@@ -99,7 +99,7 @@ class NaFlexImageEncoder(nn.Module):
 
     def _normalized(self, values: Tensor) -> Tensor:
         if values.dtype != torch.uint8:
-            return values
+            return values.to(self.scale.dtype)
         return torch.addcmul(self.shift, values.to(self.scale.dtype), self.scale)
 
     def _check(self, values: Tensor, mask: Tensor | None) -> None:

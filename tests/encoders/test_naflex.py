@@ -109,6 +109,12 @@ def test_a_data_set_of_any_shapes_is_embedded() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_float_pixels_get_the_encoders_dtype() -> None:
+    model = encoder().to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 8, 8)).pooled.dtype == torch.bfloat16
+
+
 def test_wrong_input_is_named() -> None:
     model = encoder()
     with pytest.raises(InputError, match="multiples of 4"):
