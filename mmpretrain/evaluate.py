@@ -34,6 +34,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     One model with evaluators gives one JSON of metrics. A list, pattern or folder of models, or a benchmark, gives
     JSON, CSV and a page that compares, and goes on where it was stopped. Under torchrun every rank takes its share.
     """
+    for key in ("checkpoint", "output"):
+        if config[key] is None:
+            raise InputError(f"{key}=null; give {key}=PATH")
     with joined(config.device) as device:
         given = [str(one) for one in config.checkpoint] if OmegaConf.is_list(config.checkpoint) else config.checkpoint
         compares = not names_one(given) or config.get("benchmark") is not None

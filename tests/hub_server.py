@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import yaml
+
+from tests.data.servers import Server
 
 TOKEN = "hf_test_token"
 
@@ -31,7 +32,7 @@ class Repository:
         return next((commit for commit in self.commits if commit[0] == revision), None)
 
 
-class Hub:
+class Hub(Server):
     """The server: `repositories` by `org/name`, `seen` lists what was asked for as `METHOD path`."""
 
     def __init__(self) -> None:
@@ -48,18 +49,7 @@ class Hub:
 
             do_GET = do_HEAD = do_POST = do_PUT = answer
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
-        self.thread.start()
-
-    def __enter__(self) -> Hub:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
+        super().__init__(Handler)
 
     def files(self, repository: str) -> dict[str, bytes]:
         return self.repositories[repository].commits[-1][1]

@@ -68,6 +68,9 @@ def test_wrong_input(trained, tmp_path, capsys):
         ([f"checkpoint={trained}", "evaluators=image_foldr"], "image_folder"),
         ([f"checkpoint={trained}", "otput=x.json"], "output"),
         ([], "checkpoint"),
+        (["checkpoint=null"], "checkpoint=PATH"),
+        ([f"checkpoint={trained}", "output=null"], "output=PATH"),
+        ([f"checkpoint={trained}", f"output={trained}", "overwrite=true"], "is a folder"),
     ):
         assert main(["evaluate", *arguments]) == 2
         error = capsys.readouterr().err.strip()

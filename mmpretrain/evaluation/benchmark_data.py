@@ -108,7 +108,12 @@ class BenchmarkData(Dataset[tuple[Tensor, Any]]):
             raise InputError(advice)
         if not text.strip().isdecimal() or int(text) < 1:
             raise InputError(f"{self.shown}/{place} says {text.strip()!r:.80}; expected a number, such as 1")
-        return int(text)
+        count = int(text)
+        if scheme_of(self.root) not in REMOTE and local_path(f"{self.root}/{self.split}/{count}.tar").is_file():
+            raise InputError(
+                f"{self.shown}/{place} says {count}, but there is {count}.tar, one more; correct the number"
+            )
+        return count
 
     def _optional(self, name: str) -> str | None:
         try:

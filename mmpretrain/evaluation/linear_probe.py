@@ -31,6 +31,8 @@ Labels = npt.NDArray[np.int64]
 GRID: tuple[float, ...] = tuple(10.0 ** (power / 8) for power in range(-48, 49))
 """Values of C, scikit-learn's inverse of the penalty, from 1e-6 to 1e6."""
 FIRST_STEP = 16
+CHUNK = 4096
+"""Test pictures that are scored at a time."""
 
 
 def search(score: Callable[[float], float], grid: Sequence[float] = GRID) -> tuple[float, float]:
@@ -136,8 +138,11 @@ class LinearProbe:
         labels = labels_of(test.targets, classes)
         found = None
         if rank() == 0:
-            scores = torch.from_numpy(scores_of(fit(x, y, c, self.max_iterations), _arrays(test, classes)[0], classes))
-            found = class_hits_of(scores, labels, (1, *self.ks)).tolist()
+            model, hits = fit(x, y, c, self.max_iterations), torch.zeros(1 + len(self.ks), classes, dtype=torch.int64)
+            features = torch.split(torch.from_numpy(_arrays(test, classes)[0]), CHUNK)
+            for rows, own in zip(features, torch.split(labels, CHUNK), strict=True):
+                hits += class_hits_of(torch.from_numpy(scores_of(model, rows.numpy(), classes)), own, (1, *self.ks))
+            found = hits.tolist()
         hits = torch.tensor(of_rank_zero(found))
         counts = torch.bincount(labels, minlength=classes)
         results |= {"C": c, "validation_top1": validated}

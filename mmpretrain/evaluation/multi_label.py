@@ -31,10 +31,14 @@ def average_precision(truth: npt.NDArray[np.bool_], weights: npt.NDArray[np.int6
 
     weights (N,): how often each sample counts. Source: CLIP_benchmark's `average_precision_per_class`.
     """
-    counted = truth.astype(np.float64) if weights is None else truth * weights.astype(np.float64)
-    seen = np.arange(1, len(truth) + 1) if weights is None else np.maximum(np.cumsum(weights), 1)
-    total = counted.sum()
-    return float((counted * np.cumsum(counted) / seen).sum() / total) if total else float("nan")
+    weights = np.ones(len(truth), dtype=np.int64) if weights is None else weights
+    places = np.flatnonzero(truth)
+    own = weights[places]
+    if not own.sum():
+        return float("nan")
+    # Before a positive are the others, not its own copies: those would lift every resample above the value itself.
+    before, right_before = np.cumsum(weights)[places] - own, np.cumsum(own) - own
+    return float((own * (right_before + 1) / (before + 1)).sum() / own.sum())
 
 
 def chance_precision(positives: int, count: int) -> float:

@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run CLIP_benchmark's command line with our model type; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["eval"]:
+        if not any(given.startswith("--pretrained") for given in arguments) and not {"-h", "--help"} & set(arguments):
+            print("mmpretrain: error: no model is given; add --pretrained FOLDER", file=sys.stderr)
+            return EXIT_INPUT
         for option, value in (("--model_type", MODEL_TYPE), ("--model", MODEL_NAME)):
             if not any(given == option or given.startswith(f"{option}=") for given in arguments):
                 arguments += [option, value]
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clip_benchmark import cli
 
         status: Any = cli.main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # an OSError names its file: no such data set, most likely
         print(f"mmpretrain: error: {error}", file=sys.stderr)
         return EXIT_INPUT
     finally:

@@ -13,11 +13,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
-class Web:
+class Server:
+    """What serves in a thread for a `with` block."""
+
+    def __init__(self, handler: type[http.server.BaseHTTPRequestHandler], host: str = "127.0.0.1") -> None:
+        self.server = http.server.ThreadingHTTPServer((host, 0), handler)
+        self.port = self.server.server_port
+        self.url = f"http://{host}:{self.port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+class Web(Server):
     """A web server: `routes` maps a path (without query) to what answers it, `seen` lists what was asked for."""
 
     def __init__(self, host: str = "127.0.0.1", certificate: Path | None = None) -> None:
@@ -36,23 +56,12 @@ class Web:
                 with contextlib.suppress(ConnectionError):
                     web.routes.get(self.path.split("?")[0], status(404))(self)
 
-        self.server = http.server.ThreadingHTTPServer((host, 0), Handler)
-        self.port = self.server.server_port
-        self.url = f"{'http' if certificate is None else 'https'}://{host}:{self.port}"
+        super().__init__(Handler, host)
         if certificate is not None:
+            self.url = self.url.replace("http:", "https:")
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
-        self.thread.start()
-
-    def __enter__(self) -> Web:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
 
 
 def certificate(path: Path) -> Path:

@@ -149,6 +149,9 @@ def test_wrong_files(tmp_path: Path) -> None:
     (folder / "test" / "nshards.txt").write_text("many")
     with pytest.raises(InputError, match="says 'many'"):
         READ(folder)
+    (folder / "test" / "nshards.txt").write_text("2")
+    with pytest.raises(InputError, match=r"says 2, but there is 2\.tar"):
+        READ(folder)
     (folder / "test" / "nshards.txt").write_text("9")
     with pytest.raises(InputError, match=r"3\.tar"):
         READ(folder)

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from mmpretrain.errors import InputError
-from mmpretrain.evaluation import BenchmarkData, LinearProbe, embed_images, wilson
+from mmpretrain.evaluation import BenchmarkData, LinearProbe, embed_images, linear_probe, wilson
 from mmpretrain.evaluation.linear_probe import GRID, fit, scores_of, search
 from mmpretrain.evaluation.train_split import held_out
 from tests.evaluation.digits import digit_model, write_digits
@@ -25,7 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("probe") / "digits")
 
 
-def test_equal_to_scikit_learn_alone(folder: Path) -> None:
+def test_equal_to_scikit_learn_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_probe, "CHUNK", 64)
     train, test = partial(BenchmarkData, folder, "train"), partial(BenchmarkData, folder)
     metrics = LinearProbe(train, test, batch_size=64)(digit_model())
     parts = digit_model()

@@ -61,9 +61,19 @@ def test_chance_is_the_mean_over_all_orders(positives: int, count: int) -> None:
 def test_weights_are_repetitions() -> None:
     generator = np.random.default_rng(0)
     truth, weights = generator.random(20) < 0.4, generator.integers(0, 3, 20)
-    weights[truth] = np.minimum(weights[truth], 1)  # of equal positives each is at the place of the last
+    weights[truth] = np.minimum(weights[truth], 1)  # of equal positives none stands before the other
     assert average_precision(truth, weights) == pytest.approx(average_precision(np.repeat(truth, weights)))
     assert average_precision(truth, np.ones(20, dtype=np.int64)) == average_precision(truth)
+
+
+def test_the_interval_holds_the_value_for_many_classes() -> None:
+    """Copies of a picture that help each other would lift every resample, and the more classes the narrower."""
+    generator = torch.Generator().manual_seed(0)
+    images, classifier = (normalize(torch.randn(count, 64, generator=generator), dim=-1) for count in (500, 60))
+    name = "mean_average_precision"
+    found = mean_average_precision(images, classifier, torch.rand(500, 60, generator=generator) < 0.05)
+    low, value, high = found[f"{name}/ci_low"], found[name], found[f"{name}/ci_high"]
+    assert 0.25 < (value - low) / (high - low) < 0.75
 
 
 @pytest.mark.parametrize("target", [[1, 0], [1, 0, 2], [1, 0, "x"], 1])

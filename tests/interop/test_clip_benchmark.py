@@ -130,9 +130,14 @@ def test_its_accuracy_is_the_share_of_hits() -> None:
         assert found(scores, labels, topk=(1, 5)) == pytest.approx(by_hand, abs=1e-12)
 
 
-def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert client.main(["eval", "--pretrained", str(tmp_path / "nowhere"), "--dataset", "wds/x", "--quiet"]) == 2
     assert "not a model folder" in capsys.readouterr().err
+    assert client.main(["eval", "--dataset", "wds/x", "--quiet"]) == 2
+    assert "add --pretrained FOLDER" in capsys.readouterr().err
+    data = ["--dataset", "wds/x", "--dataset_root", str(tmp_path), "--num_workers", "0", "--quiet"]
+    assert client.main(["eval", "--pretrained", str(model), *data]) == 2
+    assert "nshards.txt" in capsys.readouterr().err
 
 
 @pytest.mark.slow
