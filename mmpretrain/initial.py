@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from mmpretrain.interop.names import check_keys
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import CONFIG, NAMED, WEIGHTS, load, model_folder, read_config
 from mmpretrain.provenance import MANIFEST, read
+from mmpretrain.training.lora import Lora
 
 FILES = (CONFIG, WEIGHTS, "tokenizer.json")
 """The files of a model folder that decide what training begins with."""
@@ -48,7 +49,7 @@ def follow(config: DictConfig, overrides: Sequence[str] = ()) -> list[Source]:
             _again(config, sources, overrides)
         freeze = (config.get("finetune") or {}).get("freeze")
         if freeze is not None:
-            config.model.freeze = list(freeze)
+            config.model.freeze = freeze
     return sources
 
 
@@ -87,10 +88,12 @@ def check_identity(run: Path, sources: Sequence[Source]) -> None:
     """Raise `InputError` where the manifest of a run folder, if it has one, says that it began with other weights."""
     if not (run / MANIFEST).is_file():
         return
-    before, now = read(run).get("init", []), identity(sources)
-    if len(before) != len(now):
-        raise InputError(f"{run} began with {len(before)} models, init names {len(now)}; give the init it began with")
-    for old, new in zip(before, now, strict=True):
+    before, now = ({part["part"]: part for part in parts} for parts in (read(run).get("init", []), identity(sources)))
+    if before.keys() != now.keys():
+        began, given = (", ".join(str(part["name"]) for part in parts.values()) or "none" for parts in (before, now))
+        raise InputError(f"{run} began with init={began}, this is init={given}; give the init it began with")
+    for part, new in now.items():
+        old = before[part]
         files = sorted({*old["files"], *new["files"]})
         changed = [name for name in files if old["files"].get(name) != new["files"].get(name)]
         if changed:
@@ -100,21 +103,31 @@ def check_identity(run: Path, sources: Sequence[Source]) -> None:
             )
 
 
-def check_adapted(layers: Iterable[str], sources: Sequence[Source], model: Mapping[str, Any]) -> None:
-    """Raise `InputError` where low-rank adapters go beside weights that nothing gave: those stay as they are drawn.
+def adapt(lora: Lora, model: MultimodalModel, sources: Sequence[Source], config: Mapping[str, Any]) -> None:
+    """Put low-rank adapters into a model that began with `sources`; what joins parts of several is trained whole.
 
-    `layers` name what gets adapters; `model` is the config, in which `pretrained` says that an encoder loads weights.
+    `config` is the model's, in which `pretrained` says that an encoder loads weights. Raises `InputError` where
+    nothing gave the weights of an encoder or of the fusion: beside adapters those stay as they are drawn.
     """
-    parts = {name.split(".")[1] if name.startswith("encoders.") else "fusion" for name in layers}
+    lora.attach(model)
     given = {source.part for source in sources}
-    encoders = model.get("encoders") or {}
-    bare = sorted(part for part in parts if not given & {None, part} and not _pretrained(encoders.get(part)))
+    if None in given:
+        return
+    encoders = config.get("encoders") or {}
+    parts = [part for part in model.encoders if part not in model.frozen]
+    parts += [] if model.fusion is None else ["fusion"]
+    bare = [part for part in parts if part not in given and not _pretrained(encoders.get(part))]
     if bare:
         raise InputError(
             f"finetune.lora freezes all weights but the adapters, and those of {', '.join(bare)} would stay as they "
             "are drawn at the start; give init=MODEL (or init.ENCODER=MODEL, or pretrained=true of an encoder), or "
             "set finetune=none"
         )
+    for joint in (model.projections, model.heads):
+        joint.requires_grad_(True)
+    for number in (model.logit_scale, model.logit_bias):
+        if number is not None:
+            number.requires_grad_(True)
 
 
 def _pretrained(config: Any) -> bool:

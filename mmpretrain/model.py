@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmpretrain.errors import InputError
 from mmpretrain.types import Batch, Encoded, LayeredEncoder, LayerInfo, MapEncoder, Outputs, Padded, Prediction
@@ -19,7 +20,8 @@ class MultimodalModel(nn.Module):
 
     CLIP is two encoders; SigLIP adds `logit_bias`; CoCa adds a fusion and a caption head. `projections` default to a
     bias-free linear map for each encoder with std width^-0.5 (CLIP); give `torch.nn.Identity()` where an encoder
-    already has `embed_dim` dimensions. `freeze` names encoders that are not trained and stay in evaluation mode.
+    already has `embed_dim` dimensions. `freeze` names encoders that are not trained and stay in evaluation mode; so do
+    batch norms whose weights are frozen, as beside adapters: their averages are weights too.
 
     `logit_scale` holds ln(scale) as (1,), and `logit_bias` (1,) or None; both are kept in float32 by the losses.
     Raises `InputError` where the parts do not fit each other.
@@ -37,6 +39,8 @@ class MultimodalModel(nn.Module):
         freeze: Collection[str] = (),
     ) -> None:
         super().__init__()
+        if isinstance(freeze, str):
+            raise InputError(f"freeze is {freeze!r}; expected a list of encoders, such as [{freeze}]")
         self.embed_dim = embed_dim
         self.encoders = nn.ModuleDict(encoders)
         given = projections or {}
@@ -68,10 +72,13 @@ class MultimodalModel(nn.Module):
                 raise InputError(f"head {name!r} needs fused tokens but the model has no fusion; give model.fusion")
 
     def train(self, mode: bool = True) -> MultimodalModel:
-        """Switch to training mode, except frozen encoders, which stay in evaluation mode."""
+        """Switch to training mode, except frozen encoders and batch norms, which stay in evaluation mode."""
         super().train(mode)
         for name in self.frozen:
             self.encoders[name].eval()
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
+                module.eval()
         return self
 
     def encode(self, modality: str, values: Padded | Tensor) -> Encoded:

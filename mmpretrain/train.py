@@ -22,7 +22,7 @@ from mmpretrain.data.preflight import summary
 from mmpretrain.distributed import leave, sum_over_ranks
 from mmpretrain.errors import InputError, LimitReached, Preempted, RunFailed
 from mmpretrain.evaluation import write_metrics
-from mmpretrain.initial import check_adapted, check_identity, fill, follow, identity
+from mmpretrain.initial import adapt, check_identity, fill, follow, identity
 from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
 from mmpretrain.provenance import given_overrides, manifest, record
@@ -37,6 +37,7 @@ from mmpretrain.training.lora import Lora
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.preemption import Preemption, release
 from mmpretrain.training.remembered import remember_frozen
+from mmpretrain.training.step_model import without_pretrained
 from mmpretrain.training.workers import dead_worker
 from mmpretrain.types import Tokenizer
 
@@ -73,11 +74,12 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     original = fill(model, sources, tuple(config.allow_targets))
     lora: Lora | None = None if config.finetune.lora is None else build(config.finetune.lora)
     if lora is not None:
-        check_adapted(lora.attach(model), sources, resolved["model"])
+        adapt(lora, model, sources, resolved["model"])
     if config.finetune.remember:
         remember_frozen(model)
     module = training_module(config, model, step, build)
     module.preserve(original)
+    del original  # a second model, needed only where a loss asked for it
     run = open_run(config)
     check_identity(run.folder, sources)
     check_adapters(run, resolved["finetune"]["lora"])
@@ -201,7 +203,7 @@ def finish(
             lora.save(run.folder / "adapter", state, config.init if isinstance(config.init, str) else None)
             state = lora.merged(state)
         if state:  # sharded, or with adapters: the plain model is built anew
-            model = instantiate(config.model, allow=tuple(config.allow_targets))
+            model = instantiate(without_pretrained(resolved["model"]), allow=tuple(config.allow_targets))
             model.load_state_dict(state)
             model.to(trainer.strategy.root_device).eval()
         described = {**saved, "preprocess": resolved["data"]["preprocess"]}

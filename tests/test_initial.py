@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,11 @@ from safetensors.torch import load_file
 import mmpretrain
 from mmpretrain.cli import main
 from mmpretrain.errors import InputError
-from mmpretrain.initial import Source, check_adapted
-from mmpretrain.training.lora import merge_adapter
+from mmpretrain.initial import Source, adapt, check_identity, fill, identity
+from mmpretrain.training.checkpoint import load as load_checkpoint
+from mmpretrain.training.lora import Lora, merge_adapter
+from mmpretrain.training.step_model import load_step
+from tests import models
 from tests.shard_sets import OVERRIDES
 from tests.test_train import launch
 
@@ -81,6 +87,9 @@ def test_what_the_command_line_says_of_the_model_is_said_on_top(tune, tmp_path):
         ("model.encoders.text.widht=3", "widht"),
         ("init=nowhere", "nowhere is not a model folder"),
         ("init={audio: BASE}", "has no encoder 'audio'"),
+        ("finetune.freeze=text", "expected a list of encoders, such as [text]"),
+        ("optimizer.layer_decay=2", "layer_decay is 2"),
+        ("optimizer.layer_decay=abc", "layer_decay is abc"),
     ],
 )
 def test_what_does_not_fit_the_saved_model_is_refused(tune, base, tmp_path, given, message, capsys):
@@ -126,22 +135,74 @@ def test_adapters_are_resumed_merged_and_kept_alone(tune, base, tmp_path, capsys
     assert not torch.equal(mmpretrain.load(base).model.embed("text", ids), tuned.model.embed("text", ids))
 
 
+@pytest.fixture(scope="module")
+def averaged(shards: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of adapters with a moving average of their weights."""
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    kept = [override for override in OVERRIDES if not override.lstrip("+").startswith(FOLLOWED)]
+    data = [f"data.train={shards}", f"data.val={shards}", "evaluators=none", "report=false", f"init={base}/model"]
+    lora = ["finetune=lora", "callbacks.ema.decay=0.5", "optimizer.lr=0.05", *STEPS]
+    assert run(*kept, *data, *lora, f"run_dir={folder}") == 0
+    return folder
+
+
+def test_the_average_of_adapters_is_what_is_merged_and_kept(averaged, base):
+    state = load_checkpoint(averaged / "checkpoints" / "step_00000004")
+    average = state["callbacks"]["EMA"]["average"]
+    trained = {name: tensor for name, tensor in state["state_dict"].items() if ".lora_" in name}
+    assert {f"model.{name}" for name in average} == set(trained)
+    assert not any(torch.equal(average[name.removeprefix("model.")], tensor) for name, tensor in trained.items())
+    kept = load_file(averaged / "adapter" / "adapter_model.safetensors")
+    assert {name.replace(".default.", ".") for name in average} == {n.removeprefix("base_model.model.") for n in kept}
+    for name, tensor in average.items():
+        assert torch.equal(kept["base_model.model." + name.replace(".default.", ".")], tensor), name
+    model = mmpretrain.load(base).model
+    merge_adapter(model, averaged / "adapter")
+    for name, tensor in weights(averaged).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_run_of_adapters_that_was_moved_is_loaded_and_goes_on(averaged, tune, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(averaged, moved, symlinks=True)
+    found = load_step(moved / "checkpoints" / "step_00000004").model.state_dict()
+    assert found.keys() == weights(averaged).keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(averaged).items())
+    lora = [*tune, "finetune=lora", "callbacks.ema.decay=0.5", "optimizer.lr=0.05", "evaluators=none"]
+    goes_on = ["trainer.max_steps=5", "scheduler.total_steps=4", f"run_dir={moved}", "resume=auto"]
+    assert run(*lora, *goes_on) == 0
+    assert list(losses(moved)) == [1, 2, 3, 4, 5]
+
+
+def test_adapters_leave_a_plain_model_that_is_exported(averaged, tmp_path):
+    pytest.importorskip("open_clip")
+    assert not any("lora" in name or "base_layer" in name for name in weights(averaged))
+    assert "lora" not in (averaged / "model" / "config.yaml").read_text()
+    assert main(["export", "open_clip", str(averaged), str(tmp_path / "out")]) == 0
+
+
 def test_adapters_need_weights_to_lie_beside(tiny, tmp_path, capsys):
     assert run(*tiny, "finetune=lora", f"run_dir={tmp_path / 'no'}") == 2
     assert "those of image, text would stay as they are drawn" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
-def test_every_part_with_adapters_needs_weights():
-    layers = ["encoders.image.backbone.a", "encoders.text.b", "fusion.c"]
-    image, text = (Source(part, "x", Path("x")) for part in ("image", "text"))
-    check_adapted(layers, [image._replace(part=None)], {})
-    check_adapted(layers[:2], [image, text], {})
-    check_adapted(layers[:2], [text], {"encoders": {"image": {"pretrained": True}, "text": {"pretrained": False}}})
+def test_every_part_beside_adapters_needs_weights_and_what_joins_them_is_trained():
+    def joint(config: dict, *parts: str | None, **targets: list[str]) -> set[str]:
+        model = models.clip()
+        adapt(Lora(targets=targets or None), model, [Source(part, "x", Path("x")) for part in parts], config)
+        return {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+
+    trained = {"projections.image.weight", "projections.text.weight", "logit_scale"}
+    assert joint({}, None) == set()
+    assert joint({}, "image", "text") == trained
+    assert joint({"encoders": {"image": {"pretrained": True}, "text": {"pretrained": False}}}, "text") == trained
     with pytest.raises(InputError, match="those of text would"):
-        check_adapted(layers[:2], [image], {"encoders": {"text": {"pretrained": False}}})
+        joint({"encoders": {"text": {"pretrained": False}}}, "image")
+    with pytest.raises(InputError, match="those of text would"):  # though it has no adapter
+        joint({}, "image", image=["qkv"])
     with pytest.raises(InputError, match="those of fusion would"):
-        check_adapted(layers, [image, text], {})
+        adapt(Lora(), models.coca(), [Source(part, "x", Path("x")) for part in ("image", "text")], {})
 
 
 def test_a_run_that_goes_on_must_begin_with_the_same_weights(tune, tiny, shards, base, tmp_path, capsys):
@@ -165,6 +226,35 @@ def test_the_safe_preset_trains_near_the_original(tune, tmp_path):
 def test_a_loss_that_compares_needs_a_whole_model_to_begin_with(tiny, tmp_path, capsys):
     assert run(*tiny, "finetune=safe", f"run_dir={tmp_path / 'no'}") == 2
     assert "init=MODEL" in capsys.readouterr().err
+
+
+def test_what_a_run_began_with_is_compared_part_by_part(base, tmp_path):
+    began = [Source(part, "x", base / "model") for part in ("text", "image")]
+    manifest = json.loads((base / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "init": identity(began)}))
+    check_identity(tmp_path, began[::-1])
+    with pytest.raises(InputError, match="began with init=x, x, this is init=x; give"):
+        check_identity(tmp_path, began[:1])
+
+
+def test_the_model_that_training_began_with_is_not_kept_where_no_loss_needs_it(tune, tmp_path, monkeypatch, capsys):
+    began = []
+
+    def filled(*given):
+        whole = fill(*given)
+        began.append(weakref.ref(whole))
+        return whole
+
+    def fit(*_):
+        gc.collect()
+        raise InputError("forgotten" if began[0]() is None else "kept")
+
+    monkeypatch.setattr("mmpretrain.train.fill", filled)
+    monkeypatch.setattr("mmpretrain.train.fit", fit)
+    for finetune, said in (("lora", "forgotten"), ("safe", "kept")):
+        began.clear()
+        assert run(*tune, f"finetune={finetune}", f"run_dir={tmp_path / finetune}") == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def with_layer_decay(groups: Sequence[dict[str, Any]], model: nn.Module, decay: 
     """
     if decay is None:
         return list(groups)
-    if not 0 < decay <= 1:
+    if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
         raise InputError(f"optimizer.layer_decay is {decay}; expected more than 0 and at most 1, or null for none")
     scale_of = {id(p): scale for name, p, scale in _scaled(model, decay)}
     split: list[dict[str, Any]] = []

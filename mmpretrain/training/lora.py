@@ -7,6 +7,7 @@ query, key and value, under one of the names that ours, timm and transformers gi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,18 @@ class Lora:
         dropout: float = 0.0,
         targets: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        numbers = all(isinstance(number, (int, float)) for number in (rank, alpha, dropout))
+        if not numbers or rank < 1 or rank % 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
             raise InputError(
-                f"finetune.lora has rank={rank}, alpha={alpha}, dropout={dropout}; expected a rank of at least 1, a "
-                "positive alpha and a dropout in [0, 1)"
+                f"finetune.lora has rank={rank}, alpha={alpha}, dropout={dropout}; expected a whole rank of at least "
+                "1, a positive alpha and a dropout in [0, 1)"
             )
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        given = targets.values() if isinstance(targets, Mapping) else () if targets is None else ("",)
+        if any(isinstance(names, str) or not isinstance(names, Sequence) for names in given):
+            raise InputError(
+                f"finetune.lora.targets is {targets}; expected a list of layers for each part, such as {{text: [q, v]}}"
+            )
+        self.rank, self.alpha, self.dropout = int(rank), alpha, dropout
         self.targets = None if targets is None else {part: list(names) for part, names in targets.items()}
 
     @property
@@ -63,9 +70,13 @@ class Lora:
 
     def attach(self, model: MultimodalModel) -> list[str]:
         """Put adapters into a model and freeze all else; returns the names of the layers. `InputError` if none fit."""
-        inject = _peft().inject_adapter_in_model
-        names = list(self.layers(model))
-        inject(_peft().LoraConfig(**self._options(names)), model)
+        peft, names = _peft(), list(self.layers(model))
+        for name in names:
+            attention = model.get_submodule(name.rpartition(".")[0])
+            if hasattr(attention, "qkv_bias_separate"):  # else timm multiplies with the bare weight, past the adapter
+                setattr(attention, "qkv_bias_separate", True)  # noqa: B010 (a module's attributes have no type)
+        peft.inject_adapter_in_model(peft.LoraConfig(**self._options(names)), model)
+        model.train(model.training)  # batch norms are frozen now too
         return names
 
     def layers(self, model: MultimodalModel) -> Iterator[str]:
@@ -140,16 +151,19 @@ def merge_adapter(model: MultimodalModel, folder: str | Path) -> None:
 
     Raises `InputError` where the adapter was made for another model, or is of a kind that is more than B A.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    options = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    try:
+        options = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        tensors, lora = load_file(Path(folder) / WEIGHTS), Lora(options["r"], options["lora_alpha"])
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no adapter to read ({error!r:.200}); give a run's") from error
     refused = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if options.get(key)]
     if options.get("peft_type") != "LORA" or refused or options.get("bias", "none") != "none":
         raise InputError(f"{folder} is no plain low-rank adapter ({', '.join(refused) or options.get('peft_type')})")
-    lora = Lora(options["r"], options["lora_alpha"])
     weights = {
-        name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
-        for name, tensor in load_file(Path(folder) / WEIGHTS).items()
+        name.removeprefix("base_model.model.").removesuffix(".weight"): tensor for name, tensor in tensors.items()
     }
     layers = [name.removesuffix(".lora_A") for name in weights if name.endswith(".lora_A")]
     if weights.keys() != {f"{layer}.lora_{part}" for layer in layers for part in "AB"}:
@@ -171,8 +185,6 @@ def attention_layers(module: nn.Module) -> Iterator[str]:
         linear = {child for child, layer in part.named_children() if isinstance(layer, nn.Linear)}
         if not any(names <= linear for names in INPUTS):
             continue
-        if hasattr(part, "qkv_bias_separate"):  # else timm multiplies with the bare weight, past the adapter
-            part.qkv_bias_separate = True
         yield from (f"{name}.{child}" if name else child for child in sorted(linear))
         # BERT keeps the output layer beside the module that attends.
         parent, _, last = name.rpartition(".")

@@ -80,14 +80,15 @@ class TrainingModule(lightning.LightningModule):
         unknown = set(self.weights) - set(self.losses)
         if unknown or not self.losses:
             raise InputError(f"weights name {sorted(unknown)}; the losses are {sorted(self.losses)}")
-        if scheduler is not None:  # its checks should speak now, not after the data is ready
+        groups(model, weight_decay)  # its checks, and the schedule's, should speak now, not after the data is ready
+        if scheduler is not None:
             scheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0))
         if micro_batch_size is not None and micro_batch_size < 1:
             raise InputError(
                 f"trainer.micro_batch_size is {micro_batch_size}; give at least 1, or null for the whole batch"
             )
         if micro_batch_size is not None and any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()
         ):
             raise InputError("batch norm would see each micro-batch alone; set trainer.micro_batch_size=null")
         self.micro_batch_size, self.seed, self.compile_mode = micro_batch_size, seed, compile
@@ -197,7 +198,8 @@ class TrainingModule(lightning.LightningModule):
         }
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then clamp the logit scale."""
+        """Step, then clamp the logit scale, unless it is frozen: a model may have come with a larger one."""
         super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
+        if self.model.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))

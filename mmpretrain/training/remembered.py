@@ -55,8 +55,9 @@ class _Remembering:
         if not (ids and torch.is_grad_enabled()):  # evaluation, whose texts are seen once
             return self.plain(self.encoder, values, mask, *lengths)  # type: ignore[no-any-return]
         real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        keys = [(*row[kept].tolist(),) for row, kept in zip(values, real, strict=True)]
-        given = dict(zip(keys, zip(values, real, strict=True), strict=True))
+        rows = list(zip(values.cpu(), real.cpu(), strict=True))  # at once: each row asked for alone would wait
+        keys = [(*row[kept].tolist(),) for row, kept in rows]
+        given = dict(zip(keys, rows, strict=True))
         shapes: dict[int, list[tuple[int, ...]]] = {}
         for key in given:
             if key not in self.known:
@@ -64,7 +65,7 @@ class _Remembering:
                 shapes.setdefault(length, []).append(key)
         for length, new in shapes.items():
             for start in range(0, len(new), self.piece):
-                self._compute(length, new[start : start + self.piece], given)
+                self._compute(length, new[start : start + self.piece], given, values.device)
         pooled = torch.stack([self.known[key] for key in keys])
         for key in given:
             self.known.move_to_end(key)
@@ -81,9 +82,11 @@ class _Remembering:
         return int(min(-(-last // 8) * 8, longest))
 
     @torch.no_grad()
-    def _compute(self, length: int, new: list[tuple[int, ...]], given: Mapping[tuple[int, ...], Any]) -> None:
+    def _compute(
+        self, length: int, new: list[tuple[int, ...]], given: Mapping[tuple[int, ...], Any], device: torch.device
+    ) -> None:
         rows = [*new, *[new[0]] * (self.piece - len(new))]
-        values, real = (torch.stack([_fitted(given[key][part], length) for key in rows]) for part in (0, 1))
+        values, real = (torch.stack([_fitted(given[key][part], length) for key in rows]).to(device) for part in (0, 1))
         # Exact, and quicker: autocast would convert all frozen weights again for each piece.
         with torch.autocast(values.device.type, enabled=False):
             pooled = self.plain(self.encoder, values, real).pooled

@@ -67,7 +67,7 @@ def run_parts(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
     except Exception as error:  # YAML's, OmegaConf's and the codec's errors share no base
         raise InputError(f"{file} does not describe a run: {type(error).__name__}: {error!s:.200}") from error
-    return {name: _without_pretrained(part) for name, part in parts.items()}
+    return {name: without_pretrained(part) for name, part in parts.items()}
 
 
 def run_config(path: Path) -> Path:
@@ -153,8 +153,8 @@ def _without_adapters(weights: dict[str, Tensor], path: Path) -> dict[str, Tenso
     return Lora(rank=int(options["rank"]), alpha=float(options["alpha"])).merged(weights)
 
 
-def _without_pretrained(config: Any) -> Any:
+def without_pretrained(config: Any) -> Any:
     """Set every `pretrained` to false: the checkpoint's weights are all there is to load."""
     if isinstance(config, Mapping):
-        return {key: False if key == "pretrained" else _without_pretrained(value) for key, value in config.items()}
-    return [_without_pretrained(value) for value in config] if isinstance(config, list) else config
+        return {key: False if key == "pretrained" else without_pretrained(value) for key, value in config.items()}
+    return [without_pretrained(value) for value in config] if isinstance(config, list) else config

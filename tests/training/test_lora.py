@@ -9,12 +9,24 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
-from mmpretrain import ContrastiveLoss, HuggingFaceTextEncoder, ImageEncoder, InputError, MultimodalModel, Padded
-from mmpretrain.distributed import world_size
+from mmpretrain import (
+    ContrastiveLoss,
+    HuggingFaceTextEncoder,
+    ImageEncoder,
+    InputError,
+    MultimodalModel,
+    Padded,
+    TextEncoder,
+)
+from mmpretrain.distributed import rank, world_size
+from mmpretrain.training.float8 import convert_to_float8
 from mmpretrain.training.fsdp import full_state, shard
 from mmpretrain.training.lora import Lora, attention_layers, merge_adapter
+from mmpretrain.training.optim import parameter_groups
 from tests import models
 from tests.ranks import run_ranks
 
@@ -143,6 +155,10 @@ def test_an_adapter_alone_is_read_by_peft_and_by_us(tmp_path):
             torch.testing.assert_close(embedding, want[modality], rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="adapter of another model"):
         merge_adapter(FAMILIES["bert"](), tmp_path)
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(InputError, match="no adapter to read"):
+            merge_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["extra", "unpaired", "elsewhere"])
@@ -175,6 +191,45 @@ def test_targets_may_be_named_for_each_part():
     assert all(name.startswith("encoders.text.") for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("family", ["eva02", "beit"])
+def test_layers_named_by_the_user_are_trained_where_timm_multiplies_with_bare_weights(family):
+    model = FAMILIES[family]()
+    Lora(targets={"image": ["qkv"]}).attach(model)
+    ContrastiveLoss()(shaken(model)(batch(model))).backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_batch_norms_beside_adapters_keep_their_averages():
+    """They are weights too: with others the model that is saved would not be base and adapter."""
+    image = ImageEncoder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "stem_width": 8})
+    model = MultimodalModel(16, {"image": image, "text": models.clip().encoders["text"]})
+    Lora().attach(model)
+    assert model.training and model.train().encoders["text"].training
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(models.batch(4))
+    assert any(name.endswith("running_mean") for name in before)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_adapters_lie_beside_8_bit_layers_too():
+    pytest.importorskip("torchao")
+
+    def built() -> MultimodalModel:
+        text = TextEncoder(models.VOCAB, 12, 1024, 1, 16, models.EOS)
+        return MultimodalModel(16, {"image": models.clip().encoders["image"], "text": text})
+
+    model, lora = built(), Lora(rank=4)
+    lora.attach(model)
+    converted = convert_to_float8(shaken(model), emulate=True)
+    assert sum(name.endswith(".base_layer") for name in converted) == 4  # the adapters themselves are too small
+    ContrastiveLoss()(model(models.batch(4))).backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    merged, texts = built(), models.batch(3)["text"]
+    merged.load_state_dict(lora.merged(model.state_dict()))
+    want = model.eval().embed("text", texts)
+    torch.testing.assert_close(merged.eval().embed("text", texts), want, rtol=0, atol=1e-5)
+
+
 def test_frozen_encoders_get_no_adapter():
     text = models.clip().encoders["text"]
     model = MultimodalModel(16, {"image": models.clip().encoders["image"], "text": text}, freeze=["text"])
@@ -185,6 +240,11 @@ def test_frozen_encoders_get_no_adapter():
     ("options", "match"),
     [
         ({"rank": 0}, "rank of at least 1"),
+        ({"rank": 2.5}, "a whole rank"),
+        ({"rank": "8"}, "a whole rank"),
+        ({"alpha": float("nan")}, "a positive alpha"),
+        ({"targets": ["q"]}, "a list of layers for each part"),
+        ({"targets": {"text": "qv"}}, "a list of layers for each part"),
         ({"dropout": 1.0}, "dropout in"),
         ({"targets": {"audio": ["q"]}}, "names audio"),
         ({"targets": {"text": ["qq"]}}, "name of no linear layer"),
@@ -202,30 +262,42 @@ def test_a_model_without_attention_is_refused():
         Lora().attach(MultimodalModel(16, {"image": image}))
 
 
-def trained(sharded: bool) -> dict[str, torch.Tensor]:
-    model: MultimodalModel = models.clip()
+def trained(strategy: str, freeze: list[str]) -> dict[str, torch.Tensor]:
+    model: MultimodalModel = MultimodalModel(16, dict(models.clip().encoders), freeze=freeze)
     lora = Lora(rank=2)
     torch.manual_seed(1)
     lora.attach(model)
     shaken(model)
-    if sharded:
+    model.projections.requires_grad_(True)  # as beside encoders of several models
+    step_of: nn.Module = model
+    if strategy == "fsdp":
         shard(model, init_device_mesh("cpu", (world_size(),)))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    elif strategy == "ddp":
+        step_of = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), 1e-2)
+    rows = slice(rank() * 8 // world_size(), (rank() + 1) * 8 // world_size())
     for step in range(2):
-        ContrastiveLoss()(model(models.batch(4, seed=step, pad_to=12))).backward()
+        batch = {m: padded.rows(rows) for m, padded in models.batch(8, seed=step, pad_to=12).items()}
+        ContrastiveLoss()(step_of(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = full_state(model) if sharded else model.state_dict()
+    state = full_state(model) if strategy == "fsdp" else model.state_dict()
     return lora.merged({name: tensor.detach().clone() for name, tensor in state.items()})
 
 
-@pytest.mark.slow
-def test_adapters_of_a_sharded_model_merge_as_those_of_a_whole_one():
-    want = trained(False)
-    got = run_ranks(trained, 1, True)[0]
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=name)
+def on_ranks() -> list[dict[str, torch.Tensor]]:
+    return [trained(strategy, freeze) for strategy in ("ddp", "fsdp") for freeze in ([], ["text"])]
+
+
+def test_adapters_on_two_ranks_whole_or_sharded_merge_as_in_one_process():
+    """DDP would stop at a trained weight that gets no gradient; none of what is frozen may decay."""
+    wanted = [trained("one", freeze) for freeze in ([], ["text"])] * 2
+    for got, want in zip(run_ranks(on_ranks, 2)[0], wanted, strict=True):
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=2e-5, msg=name)
+    before = models.clip().encoders["text"].state_dict()
+    assert all(torch.equal(wanted[1][f"encoders.text.{name}"], tensor) for name, tensor in before.items())
 
 
 def test_saving_an_adapter_twice_leaves_no_parts_behind(tmp_path: Path):

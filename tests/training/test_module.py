@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
@@ -51,6 +53,23 @@ def test_micro_batches_equal_the_whole_in_every_gradient(family, micro):
     assert set(got) == set(want) and "logit_scale" in want
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("freeze", [["image"], []])
+def test_batch_norm_sees_no_micro_batches_unless_it_is_frozen(freeze):
+    image = ImageEncoder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "stem_width": 8})
+    model = MultimodalModel(16, {"image": image, "text": models.clip().encoders["text"]}, freeze=freeze)
+    with nullcontext() if freeze else pytest.raises(InputError, match="batch norm"):
+        TrainingModule(model, {"c": ContrastiveLoss()}, torch.optim.SGD, parameter_groups, micro_batch_size=2)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_logit_scale_stays_as_it_came(frozen, monkeypatch):
+    monkeypatch.setattr(lightning.LightningModule, "optimizer_step", lambda *_: None)
+    model = MultimodalModel(16, dict(models.clip().encoders), logit_scale=117.0)
+    model.logit_scale.requires_grad_(not frozen)
+    TrainingModule(model, {"c": ContrastiveLoss()}, torch.optim.SGD, parameter_groups).optimizer_step()
+    assert model.logit_scale.exp().item() == pytest.approx(117 if frozen else 100)
 
 
 def test_micro_batches_replay_the_random_state():
