@@ -4,46 +4,49 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmpretrain.data.sources import TABLES
-from mmpretrain.embedding.run import Job, Progress, embed, field_of, manifest_of
 from mmpretrain.errors import InputError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `mmpretrain embed ARGV` and return the exit status."""
     args = _parser().parse_args(argv)
-    import torch
-
-    from mmpretrain.embedding.parts import LOST, Store
+    from mmpretrain.embedding.parts import LOST, Manifest, Store
+    from mmpretrain.embedding.run import Job, embed, field_of, model_digest
+    from mmpretrain.embedding.sources import open_source
     from mmpretrain.pretrained import load, locate
 
-    for name in ("batch_size", "part_size", "processes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
-    folder = locate(args.model)
+    for name, least in (("batch_size", 1), ("part_size", 1), ("processes", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
+    devices = _devices(args.device, args.processes)
+    folder = locate(args.model).absolute()  # a search may begin in another folder
     pretrained = load(folder, allow=args.allow)
-    modality = args.modality or "image"
-    field_of(pretrained, modality)
-    devices = _devices(args.device, args.processes, torch.cuda.device_count())
-    manifest = manifest_of(
-        str(folder),
-        folder,
-        args.source,
-        modality,
-        pretrained.model.embed_dim,
-        args.part_size,
-        args.format,
-        args.dtype,
-        args.column,
-        args.key_column,
+    field_of(pretrained, args.modality)
+    where = _absolute(args.source)
+    source = open_source(where, args.modality == "text", args.column, args.key_column)
+    manifest = Manifest(
+        model=str(folder),
+        model_digest=model_digest(folder),
+        modality=args.modality,
+        embed_dim=pretrained.model.embed_dim,
+        source=where,
+        column=args.column,
+        key_column=args.key_column,
+        digest=source.digest,
+        samples=len(source),
+        part_size=args.part_size,
+        format=args.format,
+        dtype=args.dtype,
     )
     store = Store.create(args.out, manifest, args.overwrite)
-    with _bar(manifest.samples, modality) as progress:
-        embed(store, Job(args.out, args.batch_size, args.workers, devices, args.allow), progress)
+    job = Job(args.out, args.batch_size, args.workers, devices, args.allow)
+    with _bar(manifest.samples, args.modality) as progress:
+        embed(store, job, source, pretrained, progress)
     skipped = store.skipped()
     print(f"{manifest.samples - skipped} of {manifest.samples} embedded, {manifest.embed_dim} numbers each: {args.out}")
     if lost := len((args.out / LOST).read_text("utf-8").split("\n")) - 1 if (args.out / LOST).is_file() else 0:
@@ -62,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="a model folder, a run folder, or what mmpretrain.load takes")
     add("source", metavar="SOURCE", help=f"a folder of pictures, shards, or a table ({', '.join(TABLES)})")
     add("out", type=Path, metavar="OUT", help="folder for the embeddings; made if missing")
-    add("--modality", choices=["image", "text"], help="what of the source is embedded (default: image)")
+    add(
+        "--modality", choices=["image", "text"], default="image", help="what of the source is embedded (default: image)"
+    )
     add("--format", choices=["parquet", "npy"], default="parquet", help="default: parquet")
     add("--dtype", choices=["float32", "float16"], default="float32", help="of the stored numbers (default: float32)")
     add("--column", metavar="NAME", help="of a table: default image, or caption for texts")
@@ -77,19 +82,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _devices(device: str | None, processes: int | None, gpus: int) -> list[str]:
-    """Return one device for each process; raises `InputError` for more GPUs than there are."""
+def _absolute(source: str) -> str:
+    """Write a local path or pattern in a way that means the same in every folder."""
+    from mmpretrain.data.cache import scheme_of
+
+    return source if scheme_of(source) or source.startswith("{") else str(Path(source).absolute())
+
+
+def _devices(device: str | None, processes: int | None) -> list[str]:
+    """Return one device for each process; raises `InputError` for one that is not there."""
+    import torch
+
+    gpus = torch.cuda.device_count()
     kind = device or ("cuda" if gpus else "cpu")
     if kind != "cuda":
+        try:
+            torch.empty(0, device=kind)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"--device {kind} cannot be used: {str(error).splitlines()[0]}; give cpu or cuda"
+            ) from error
         return [kind] * (processes or 1)
-    wanted = gpus if processes is None else processes
-    if not 1 <= wanted <= gpus:
-        raise InputError(f"{wanted} GPUs were asked for and {gpus} are there; set --processes or --device cpu")
+    wanted = max(1, gpus) if processes is None else processes
+    if wanted > gpus:
+        raise InputError(f"{wanted} GPUs are wanted and {gpus} are there; set --processes or --device cpu")
     return [f"cuda:{number}" for number in range(wanted)]
 
 
 @contextmanager
-def _bar(total: int, modality: str) -> Iterator[Progress]:
+def _bar(total: int, modality: str) -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

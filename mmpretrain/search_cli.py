@@ -18,6 +18,8 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if (args.text is None) == (args.image is None):
         raise InputError("give a text to search for, or a picture with --image, not both")
+    if args.text is not None and not args.text.strip():
+        raise InputError("the text to search for is empty")
     if args.k < 1:
         raise InputError(f"-k is {args.k}; give at least 1")
     from mmpretrain.embedding.index import VectorIndex
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if args.html is not None:
         from mmpretrain.embedding.gallery import write_gallery
 
-        write_gallery(args.html, args.text or str(args.image), hits, index.store.manifest)
+        write_gallery(args.html, str(args.image) if args.text is None else args.text, hits, index.store.manifest)
         print(f"written to {args.html}", file=sys.stderr)
     return 0
 
@@ -66,7 +68,14 @@ def _embedded(manifest: Any, args: argparse.Namespace) -> Any:
     from mmpretrain.embedding.run import embed_values, model_digest
     from mmpretrain.pretrained import load, locate
 
-    folder = locate(args.model or manifest.model)
+    try:
+        folder = locate(args.model or manifest.model)
+    except InputError as error:
+        if args.model is not None:
+            raise
+        raise InputError(
+            f"the model of {args.index} is not where it was ({error}); say with --model where it is"
+        ) from error
     if model_digest(folder) != manifest.model_digest:
         raise InputError(
             f"{folder} is another model (weights, config or tokenizer) than that of {args.index}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mmpretrain.data.decode import Image
 from mmpretrain.embedding.index import Hit
 from mmpretrain.embedding.parts import Manifest
 from mmpretrain.embedding.run import PICTURE_FIELDS
-from mmpretrain.embedding.sources import open_source
+from mmpretrain.embedding.sources import Source, open_source
 from mmpretrain.whole_file import write_whole
 
 SIDE = 256  # pixels of the longest side
@@ -24,14 +25,9 @@ def write_gallery(target: Path, query: str, hits: Sequence[Hit], manifest: Manif
     """Write the page; an answer whose picture is gone by now is shown without it."""
     pictures: list[str | None] = [None] * len(hits)
     if manifest.modality == "image":
-        source = open_source(manifest.source, False, manifest.column, manifest.key_column)
-        for number, hit in enumerate(hits):
-            try:
-                if source.key(hit.item) != hit.key:
-                    continue  # pictures were added or taken away since
-                pictures[number] = _small({"__key__": hit.key, **source.read(hit.item)})
-            except (OSError, ValueError, IndexError):
-                continue
+        with suppress(OSError, ValueError):  # the whole source is gone
+            source = open_source(manifest.source, False, manifest.column, manifest.key_column)
+            pictures = [_picture(source, hit) for hit in hits]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names and texts come from strangers
@@ -41,6 +37,16 @@ def write_gallery(target: Path, query: str, hits: Sequence[Hit], manifest: Manif
         query=query, shown=list(zip(hits, pictures, strict=True)), source=manifest.source
     )
     write_whole(target, page)
+
+
+def _picture(source: Source, hit: Hit) -> str | None:
+    """Return the picture of an answer; None where it is gone, or where others came or went since."""
+    try:
+        if source.key(hit.item) != hit.key:
+            return None
+        return _small({"__key__": hit.key, **source.read(hit.item)})
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _small(sample: dict[str, Any]) -> str:

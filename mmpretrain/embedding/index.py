@@ -69,7 +69,10 @@ class VectorIndex:
             return cls.build(folder)
         faiss = _faiss()
         flags = 0 if about.lists == 1 else faiss.IO_FLAG_MMAP  # what no query asks for stays on the disk
-        index = faiss.read_index(str(folder / INDEX), flags)
+        try:
+            index = faiss.read_index(str(folder / INDEX), flags)
+        except RuntimeError:  # damaged
+            return cls.build(folder)
         if about.lists > 1:
             index.nprobe = about.probes
         return cls(store, index, about)

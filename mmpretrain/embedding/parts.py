@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a folder of embeddings is of. Nothing is added to a folder unless all of this is the same.
+    """What a folder of embeddings is of. Nothing is added to a folder unless all but `MOVABLE` is the same.
 
     `model_digest`: of the model folder's files. `digest`: of the source. `dtype`: of the stored numbers.
     """
@@ -58,6 +58,10 @@ class Manifest(NamedTuple):
         return range(part * self.part_size, min((part + 1) * self.part_size, self.samples))
 
 
+MOVABLE = {"model", "source"}
+"""Fields that say where something lies; what it is, its digest says."""
+
+
 class Format(Protocol):
     """How a part is stored; what `name` names is written last, and is there only when the part is whole."""
 
@@ -73,6 +77,14 @@ class Format(Protocol):
 
 class Parquet:
     """`part-00000.parquet`: columns item, key, path, text and embedding (a list of fixed size)."""
+
+    def __init__(self) -> None:
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "embeddings as parquet need pyarrow; pip install 'mmpretrain-contrastive[parquet]', or --format npy"
+            ) from error
 
     def name(self, part: int) -> str:
         """File of a part."""
@@ -131,14 +143,14 @@ class Npy:
         return Rows(items, keys, paths, texts, np.load(folder / self.name(part), allow_pickle=False))
 
 
-FORMATS: dict[str, Format] = {"parquet": Parquet(), "npy": Npy()}
+FORMATS: dict[str, type[Format]] = {"parquet": Parquet, "npy": Npy}
 
 
 class Store:
     """A folder of embeddings that is being filled, or read."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest, self.format = folder, manifest, FORMATS[manifest.format]
+        self.folder, self.manifest, self.format = folder, manifest, FORMATS[manifest.format]()
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest, overwrite: bool) -> Store:
@@ -146,9 +158,11 @@ class Store:
 
         `overwrite` removes an earlier one's files, and nothing else.
         """
+        store = cls(folder, manifest)
         if (folder / MANIFEST).is_file():
             old = cls.open(folder)
-            differ = [n for n in Manifest._fields if getattr(old.manifest, n) != getattr(manifest, n)]
+            same = [n for n in Manifest._fields if n not in MOVABLE]
+            differ = [n for n in same if getattr(old.manifest, n) != getattr(manifest, n)]
             if differ and not overwrite:
                 said = "; ".join(f"{n} {getattr(old.manifest, n)!r}, now {getattr(manifest, n)!r}" for n in differ)
                 raise InputError(f"{folder} holds other embeddings ({said}); give another OUT, or --overwrite")
@@ -162,14 +176,16 @@ class Store:
             leftover.unlink(missing_ok=True)
         with replaced(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest._asdict(), indent=1) + "\n", encoding="utf-8")
-        return cls(folder, manifest)
+        return store
 
     @classmethod
     def open(cls, folder: Path) -> Store:
         """Open a folder that was written before; raises `InputError` where it is none."""
         try:
-            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            return cls(folder, Manifest(**found))
+            manifest = Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+            return cls(folder, manifest)
+        except InputError:
+            raise
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder} holds no embeddings ({error}); make them with `mmpretrain embed`") from error
 
@@ -190,14 +206,26 @@ class Store:
 
     def write(self, part: int, rows: Rows, skipped: list[dict[str, str]]) -> None:
         """Write a part, and before it the list of what was left out."""
+        listed = self.folder / f"part-{part:05}.skipped.jsonl"
+        listed.unlink(missing_ok=True)  # of a run that was killed before the part was there
         if skipped:
-            with replaced(self.folder / f"part-{part:05}.skipped.jsonl") as temporary:
+            with replaced(listed) as temporary:
                 temporary.write_text(_lines(skipped), encoding="utf-8")
         self.format.write(self.folder, part, rows)
 
     def read(self, part: int) -> Rows:
-        """Read a part."""
-        return self.format.read(self.folder, part)
+        """Read a part; raises `InputError` where it is damaged."""
+        file = self.folder / self.format.name(part)
+        try:
+            rows = self.format.read(self.folder, part)
+            if rows.embeddings.shape != (len(rows.items), self.manifest.embed_dim):
+                raise ValueError(f"{rows.embeddings.shape} numbers for {len(rows.items)} samples")
+            return rows
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{file} is damaged ({said}); remove it and run the same `mmpretrain embed` again"
+            ) from error
 
     def skipped(self) -> int:
         """Count the samples that were left out."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain.data.decode import Image, TextCaption
 from mmpretrain.data.json_fields import JsonCaption
-from mmpretrain.embedding.parts import Manifest, Rows, Store
+from mmpretrain.embedding.parts import Rows, Store
 from mmpretrain.embedding.sources import PICTURE, Source, open_source
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.embed import stacking
@@ -65,17 +65,18 @@ class Samples(Dataset[Done]):
             return Done(item, None, " ".join(str(error).split()))
 
 
-def embed(store: Store, job: Job, progress: Progress) -> None:
-    """Make every part that is missing; raises `InputError` where none of the samples could be read."""
+def embed(store: Store, job: Job, source: Source, pretrained: Pretrained, progress: Progress) -> None:
+    """Make every part that is missing; raises `InputError` where none of the samples could be read.
+
+    `source` and `pretrained`, on the CPU, are those that the store's manifest names.
+    """
     missing = store.missing
-    manifest = store.manifest
-    source = open_source(manifest.source, manifest.modality == "text", manifest.column, manifest.key_column)
     store.write_lost(source.lost())
     progress(store.manifest.samples - sum(len(store.manifest.items(part)) for part in missing))
     if len(job.devices) > 1 and len(missing) > 1:
         _embed_in_processes(store, job, missing, progress)
     elif missing:
-        worker = Worker(job, job.devices[0])
+        worker = Worker(store, job, source, pretrained, job.devices[0])
         for part in missing:
             worker.make(part, progress)
     if store.skipped() == store.manifest.samples:
@@ -84,15 +85,12 @@ def embed(store: Store, job: Job, progress: Progress) -> None:
 
 
 class Worker:
-    """A loaded model and an opened source on one device."""
+    """A loaded model, which is moved to one device, and an opened source."""
 
-    def __init__(self, job: Job, device: str) -> None:
-        self.job, self.device, self.store = job, device, Store.open(job.folder)
-        manifest = self.store.manifest
-        self.pretrained = load(manifest.model, device=device, allow=job.allow)
-        is_text = manifest.modality == "text"
-        self.source = open_source(manifest.source, is_text, manifest.column, manifest.key_column)
-        self.field = field_of(self.pretrained, manifest.modality)
+    def __init__(self, store: Store, job: Job, source: Source, pretrained: Pretrained, device: str) -> None:
+        self.store, self.job, self.source, self.device = store, job, source, device
+        self.pretrained = pretrained._replace(model=pretrained.model.to(device))
+        self.field = field_of(pretrained, store.manifest.modality)
 
     def make(self, part: int, progress: Progress) -> int:
         """Embed and write one part; returns how many samples it has."""
@@ -173,10 +171,15 @@ def _caption(sample: dict[str, Any], generator: torch.Generator) -> str:
 _worker: Worker | None = None
 
 
-def _start(job: Job, numbers: Any) -> None:
+def _start(job: Job, numbers: Any, method: str) -> None:
     global _worker
+    # Spawning has made itself the default here: what decodes would import torch anew for each part.
+    multiprocessing.set_start_method(method, force=True)
     torch.set_num_threads(max(1, torch.get_num_threads() // len(job.devices)))
-    _worker = Worker(job, job.devices[numbers.get()])
+    store = Store.open(job.folder)
+    manifest = store.manifest
+    source = open_source(manifest.source, manifest.modality == "text", manifest.column, manifest.key_column)
+    _worker = Worker(store, job, source, load(manifest.model, allow=job.allow), job.devices[numbers.get()])
 
 
 def _make(part: int) -> int:
@@ -189,7 +192,9 @@ def _embed_in_processes(store: Store, job: Job, missing: Sequence[int], progress
     numbers = context.Queue()
     for number in range(len(job.devices)):
         numbers.put(number)
-    with ProcessPoolExecutor(len(job.devices), context, _start, (job, numbers)) as pool:
+    with ProcessPoolExecutor(
+        len(job.devices), context, _start, (job, numbers, multiprocessing.get_start_method())
+    ) as pool:
         running = {pool.submit(_make, part) for part in missing}
         try:
             while running:
@@ -210,33 +215,3 @@ def model_digest(folder: Path) -> str:
             with (folder / name).open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
-
-
-def manifest_of(
-    model: str,
-    folder: Path,
-    source: str,
-    modality: str,
-    embed_dim: int,
-    part_size: int,
-    format: str,
-    dtype: str,
-    column: str | None,
-    key_column: str | None,
-) -> Manifest:
-    """Say what embeddings are to be made; opens the source, so a wrong one is an error before anything is written."""
-    opened = open_source(source, modality == "text", column, key_column)
-    return Manifest(
-        model=model,
-        model_digest=model_digest(folder),
-        modality=modality,
-        embed_dim=embed_dim,
-        source=source,
-        column=column,
-        key_column=key_column,
-        digest=opened.digest,
-        samples=len(opened),
-        part_size=part_size,
-        format=format,
-        dtype=dtype,
-    )

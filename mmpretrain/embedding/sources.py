@@ -159,7 +159,7 @@ def open_source(source: str, is_text: bool, column: str | None = None, key_colum
     them, and for text from a folder of pictures.
     """
     path = Path(source)
-    if path.is_file() and path.suffix.lower() in TABLES:
+    if path.suffix.lower() in TABLES and not path.is_dir():
         return Table(path, column or ("caption" if is_text else "image"), is_text, key_column)
     if column or key_column:
         raise InputError(f"{source} is no table ({', '.join(TABLES)}); --column and --key-column need one")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,12 +133,60 @@ def test_a_folder_of_other_embeddings_is_not_mixed_with(model, pictures, tmp_pat
         (["--modality", "text"], "is a folder of pictures; text comes from a table or from shards"),
         (["--column", "x"], "is no table"),
         (["--batch-size", "0"], "--batch-size is 0; give at least 1"),
+        (["--workers", "-1"], "--workers is -1; give at least 0"),
+        (["--device", "nothing"], "--device nothing cannot be used"),
     ],
 )
 def test_wrong_input_is_said_before_anything_is_written(model, pictures, tmp_path, capsys, options, said):
     assert main(["embed", str(model), str(pictures), str(tmp_path / "out"), *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_mean_the_same_in_every_folder(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures)
+    assert main(["embed", os.path.relpath(model), ".", str(tmp_path / "out"), "--part-size", "9"]) == 0
+    first = rows_of(tmp_path / "out")
+    next((tmp_path / "out").glob("part-00001.*")).unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", str(model), os.path.relpath(pictures), "out", "--part-size", "9"]) == 0
+    again = rows_of(tmp_path / "out")
+    assert again[0] == first[0] and np.array_equal(again[1], first[1])
+    assert all(Path(path).is_file() for rows in iter_embeddings(tmp_path / "out") for path in rows.paths)
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_damaged_part_is_said_to_be_one(model, pictures, tmp_path, form):
+    out = tmp_path / "out"
+    assert main(["embed", str(model), str(pictures), str(out), "--format", form]) == 0
+    part = out / f"part-00000.{form}"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-40])
+    with pytest.raises(InputError, match=r"part-00000.* is damaged .*remove it and run"):
+        list(iter_embeddings(out))
+    if form == "npy":  # numbers and names that are not of one run
+        part.write_bytes(whole)
+        names = part.with_suffix(".jsonl")
+        names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
+        with pytest.raises(InputError, match=r"\(22, 16\) numbers for 21 samples"):
+            list(iter_embeddings(out))
+
+
+def test_parquet_without_its_package_is_refused_at_once(model, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert main(["embed", str(model), str(pictures), str(tmp_path / "out")]) == 2
+    assert "pip install 'mmpretrain-contrastive[parquet]', or --format npy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_skipped_before_a_kill_is_not_counted_once_it_is_read(model, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["embed", str(model), str(pictures), str(out), "--part-size", "5"]
+    assert main(command) == 0
+    (out / "part-00000.parquet").unlink()
+    (out / "part-00000.skipped.jsonl").write_text('{"key": "b/c/00.png", "path": "", "reason": "busy"}\n')
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("22 of 23 embedded") == 2
 
 
 def test_a_folder_without_embeddings_is_said_to_be_one(tmp_path):

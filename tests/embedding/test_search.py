@@ -96,15 +96,28 @@ def test_an_index_is_made_anew_for_other_embeddings(tmp_path):
     assert VectorIndex.open(tmp_path).about.embeddings == 30
 
 
+def test_a_damaged_index_is_made_anew(tmp_path):
+    store_of(tmp_path, vectors(20, 8))
+    VectorIndex.open(tmp_path)
+    file = tmp_path / module.INDEX
+    file.write_bytes(file.read_bytes()[:-9])
+    query = vectors(1, 8, seed=3)[0]
+    assert len(VectorIndex.open(tmp_path).search(query, 20)) == 20
+
+
 def test_what_cannot_be_searched_is_said(embedded, model, tmp_path, capsys):  # noqa: F811
     assert main(["search", str(embedded)]) == 2
     assert "give a text to search for, or a picture" in capsys.readouterr().err
+    assert main(["search", str(embedded), " "]) == 2
+    assert "the text to search for is empty" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"query has shape \(3,\); expected \(16,\)"):
         VectorIndex.open(embedded).search(np.zeros(3, np.float32), 1)
     next(embedded.glob("part-00001.parquet")).unlink()
     assert main(["search", str(embedded), "x"]) == 2
     assert "lacks 1 of 4 parts; run the same `mmpretrain embed` again" in capsys.readouterr().err
     store_of(tmp_path / "other", vectors(5, 16))
+    assert main(["search", str(tmp_path / "other"), "x"]) == 2
+    assert "is not where it was" in capsys.readouterr().err
     assert main(["search", str(tmp_path / "other"), "x", "--model", str(model)]) == 2
     assert "is another model (weights, config or tokenizer)" in capsys.readouterr().err
 
@@ -118,3 +131,6 @@ def test_a_picture_that_moved_is_not_shown_under_another_name(model, tmp_path): 
     Image.new("RGB", (20, 20), "red").save(folder / "a.png")
     assert main(["search", str(tmp_path / "out"), "--image", str(folder / "d.png"), "--html", str(page)]) == 0
     assert "data:image/webp" not in page.read_text()
+    folder.rename(tmp_path / "elsewhere")
+    assert main(["search", str(tmp_path / "out"), "a cat", "--html", str(page)]) == 0
+    assert "c.png" in page.read_text()
