@@ -25,7 +25,9 @@ def from_folder(path: str | Path) -> Converted:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give one with config.json and the weights beside it")
+        raise InputError(
+            f"{folder} is no folder; give one with config.json and the weights beside it, or hf-hub:org/name"
+        )
     towers = Towers(read_json(folder / "config.json"), f"{folder / 'config.json'}")
     weights = from_weights(read_tensors(folder, HUGGINGFACE), towers.type, str(folder))
     _check_depths(weights, towers)

@@ -19,7 +19,8 @@ CLEANING = {"SiglipTokenizer": "unpunctuated", "Siglip2Tokenizer": "lowercase"}
 """What a `tokenizer_class` does to a text that need not be in tokenizer.json."""
 CLASSES = {"siglip2": "Siglip2Tokenizer"}
 """Models whose tokenizer transformers takes by their `model_type`, whatever class their files name."""
-
+UNNAMED = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer"}
+"""The class that transformers takes where the files name none."""
 
 PROBES = (
     "A Cat's 2nd HAT, isn't  it?\n#1 über-groß",
@@ -47,7 +48,7 @@ def read_tokenizer(folder: Path, model_type: str, context_length: int) -> Texts:
     for side, done in (("padding_side", "padded"), ("truncation_side", "cut")):
         if settings.get(side, "right") != "right":
             raise InputError(f"{folder / SETTINGS}: {side} is {settings[side]!r}; texts are {done} right")
-    named = CLASSES.get(model_type) or str(settings.get("tokenizer_class", "")).removesuffix("Fast")
+    named = CLASSES.get(model_type) or str(settings.get("tokenizer_class") or UNNAMED[model_type]).removesuffix("Fast")
     clean = CLEANING.get(named, "none")
     if clean == "unpunctuated" and settings.get("do_lower_case") is False:
         raise InputError(f"{folder / SETTINGS}: do_lower_case=false; such texts are always cleaned to lower case here")

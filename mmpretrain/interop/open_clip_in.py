@@ -22,6 +22,7 @@ from mmpretrain.interop.names import check_keys, to_ours
 from mmpretrain.interop.open_clip_config import Described, describe
 from mmpretrain.interop.open_clip_image import fields, refused
 from mmpretrain.interop.open_clip_text import DEFAULTS as TEXT
+from mmpretrain.interop.openai import SIZES
 from mmpretrain.interop.tokenizer_in import FILE, SETTINGS, huggingface_tokenizer, special_tokens
 
 CONFIG = "open_clip_config.json"
@@ -43,12 +44,7 @@ LEFT_OUT = ("text.transformer.embeddings.position_ids",)
 """Tensors of older checkpoints that are no weights."""
 
 
-def from_name(
-    name: str,
-    weights: str | Path | None = None,
-    tokenizer: Path | None = None,
-    preprocess: Mapping[str, Any] | None = None,
-) -> Converted:
+def from_name(name: str, weights: str | Path | None = None, tokenizer: Path | None = None) -> Converted:
     """Read a model of open_clip by `NAME`, `NAME/TAG` (a packaged config), or a folder with `open_clip_config.json`.
 
     `weights` is a file, or a folder with one; only a folder of open_clip's has its own. A tag says how its weights
@@ -60,13 +56,14 @@ def from_name(
         content = read_json(folder / CONFIG)
         if not isinstance(content.get("model_cfg"), dict):
             raise InputError(f"{folder / CONFIG} has no model_cfg; expected a folder saved by open_clip")
-        own = folder if (folder / FILE).is_file() else None
-        given = preprocess or content.get("preprocess_cfg")
-        return from_config(content["model_cfg"], read_tensors(weights or folder), given, tokenizer or own, folder.name)
+        config, given = content["model_cfg"], section(content, "preprocess_cfg", str(folder / CONFIG))
+        if tokenizer is None and _names_tokenizer(config) and (folder / FILE).is_file():
+            tokenizer = folder
+        return from_config(config, read_tensors(weights or folder), given, tokenizer, folder.name)
     config, settings = packaged(name)
     if weights is None:
         raise InputError(f"open_clip's {name} has no weights of its own here; give a file with --weights")
-    return from_config(config, read_tensors(weights), preprocess or settings, tokenizer, name)
+    return from_config(config, read_tensors(weights), settings, tokenizer, name)
 
 
 def from_config(
@@ -80,9 +77,15 @@ def from_config(
 
     `preprocess`: mean, std, interpolation, resize_mode, fill_color. `tokenizer`: for a config that names one of the
     hub, a folder with its `tokenizer.json`, and for a Hugging Face text encoder also its `config.json`; None asks the
-    hub. Raises `InputError` for a feature that is missing here and for tensors that do not fit, naming them.
+    hub. Raises `InputError` for a tokenizer where none is named, for a feature that is missing here and for tensors
+    that do not fit, naming them.
     """
     text = fields(section(config, "text_cfg", name), TEXT, "text_cfg")
+    if tokenizer is not None and not _names_tokenizer(config):
+        raise InputError(f"{name} has CLIP's own tokenizer, which comes with this package; leave --tokenizer out")
+    source = name if ":" in name else f"open_clip:{name}"
+    if not weights.keys().isdisjoint(SIZES):
+        raise InputError(f"{source}: the weights are of OpenAI ({', '.join(SIZES)}); give openai: --weights FILE")
     folder, huggingface = _text_files(text, tokenizer)
     eos_id = special_tokens(folder).end_id if folder else None
     custom = any(key.startswith("text.") for key in weights)
@@ -90,7 +93,6 @@ def from_config(
     tensors = {key: x for key, x in weights.items() if key not in LEFT_OUT}
     if "logit_bias" in described.model and "logit_bias" not in tensors:
         tensors["logit_bias"] = torch.zeros(1)  # as open_clip does for weights that were trained without
-    source = name if ":" in name else f"open_clip:{name}"
     ours = as_float32(to_ours(tensors, described.table, source))
     check_keys(ours, expected(described.model), source)
     settings = _settings(preprocess)
@@ -144,6 +146,11 @@ def _tags(name: str) -> dict[str, dict[str, Any]]:
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     return {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+
+
+def _names_tokenizer(config: Mapping[str, Any]) -> bool:
+    text = section(config, "text_cfg", CONFIG)
+    return bool(text.get("hf_tokenizer_name") or text.get("hf_model_name"))
 
 
 def _text_files(text: Mapping[str, Any], given: Path | None) -> tuple[Path | None, dict[str, Any] | None]:

@@ -239,6 +239,17 @@ def test_siglip_texts_are_cleaned_as_its_tokenizer_class_does(copy: Any, tmp_pat
     assert CLEANERS["unpunctuated"](" It's a_B,\n c! ") == "its ab c"
 
 
+def test_a_tokenizer_without_a_class_is_the_one_transformers_takes_for_the_model(copy: Any) -> None:
+    folder = copy("siglip")
+    change(folder / "tokenizer_config.json", tokenizer_class=None)
+    assert from_folder(folder).config["tokenizer"]["clean"] == "unpunctuated"
+    folder = copy("clip")
+    change(folder / "tokenizer_config.json", tokenizer_class=None)
+    change(folder / "tokenizer.json", normalizer=None)
+    with pytest.raises(InputError, match="in another way than CLIPTokenizer"):
+        from_folder(folder)
+
+
 def test_published_configs_leave_out_what_is_usual() -> None:
     model = our_model(Towers({"model_type": "clip"}, "x"), 49407, [0.5] * 3, [0.5] * 3)
     assert model["encoders"]["image"]["model_args"]["embed_dim"] == 768

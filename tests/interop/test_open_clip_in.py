@@ -266,6 +266,13 @@ def test_a_hugging_face_text_encoder_is_saved_with_its_config_and_tokenizer(tmp_
         assert torch.equal(loaded.embed("text", texts), pair.ours.embed("text", texts))
 
 
+def test_a_tokenizer_for_a_config_that_has_clips_own_is_refused(folder):
+    (folder / "tokenizer.json").write_text("{}")  # repositories on the hub have one beside such a model
+    assert from_name(str(folder)).config["tokenizer"]["_target_"].endswith("ClipTokenizer")
+    with pytest.raises(InputError, match=r"has CLIP's own tokenizer.*leave --tokenizer out"):
+        from_name(str(folder), tokenizer=folder)
+
+
 def test_a_tag_says_how_its_weights_take_pictures():
     _, settings = packaged("ViT-L-14-CLIPA/datacomp1b")
     assert (settings["resize_mode"], settings["interpolation"]) == ("squash", "bilinear")
@@ -302,6 +309,8 @@ def test_tensors_and_files_that_do_not_fit_are_named(folder):
     weights = dict(pair_of("vit").theirs.state_dict())
     with pytest.raises(InputError, match=r"open_clip:x.*no place for extra"):
         from_config(MODELS["vit"], weights | {"extra": torch.zeros(1)}, name="x")
+    with pytest.raises(InputError, match=r"are of OpenAI .*give openai: --weights FILE"):
+        from_config(MODELS["vit"], weights | {"input_resolution": torch.tensor(32)})
     del weights["visual.proj"]
     with pytest.raises(InputError, match=r"missing projections\.image\.weight"):
         from_config(MODELS["vit"], weights)
