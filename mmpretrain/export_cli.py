@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +63,7 @@ def export(format: str, model: str | Path, out: str | Path, tolerance: float = T
 
     if format not in EXPORTERS:
         raise InputError(f"no format {format!r}; expected one of {', '.join(EXPORTERS)}")
-    if not tolerance > 0:
+    if not 0 < tolerance < math.inf:
         raise InputError(f"tolerance is {tolerance}; expected a positive number such as {TOLERANCE:g}")
     folder = locate(model)
     exporter = importlib.import_module(f"mmpretrain.interop.{format}_out")

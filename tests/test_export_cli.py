@@ -44,6 +44,7 @@ def test_the_report_is_shown(monkeypatch, tmp_path, capsys):
             "no format 'caffe'; expected one of open_clip, huggingface, timm, onnx, ",
         ),
         (["timm", "model", "out", "--tolerance", "0"], "expected a positive number"),
+        (["timm", "model", "out", "--tolerance", "inf"], "tolerance is inf; expected a positive number"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(arguments, said, capsys):

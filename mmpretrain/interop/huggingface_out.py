@@ -21,8 +21,8 @@ from mmpretrain.interop.names import to_theirs
 from mmpretrain.interop.out_folder import new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.samples import Reading, Samples, batched, normalized, read_files, real_ids, samples
-from mmpretrain.interop.towers import normalization
-from mmpretrain.pretrained import Pretrained, load, locate, read_config
+from mmpretrain.interop.towers import normalization, stated_image
+from mmpretrain.pretrained import Pretrained, load
 
 
 def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
@@ -35,7 +35,7 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     transformers = _transformers()
     pretrained = load(folder)
     described = describe(pretrained.model, getattr(pretrained.tokenizer, "start_id", None), pretrained.tokenizer.pad_id)
-    stated = read_config(locate(folder))["model"]["encoders"]["image"]
+    stated = stated_image(folder)
     settings = their_preprocess(pretrained.preprocess, *normalization(pretrained.model.encoders["image"], stated))
     with new_folder(out, "huggingface") as temporary:
         _write(temporary, pretrained, described, settings)

@@ -22,8 +22,8 @@ from mmpretrain.interop.open_clip_names import BACKBONE
 from mmpretrain.interop.out_folder import new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.samples import Samples, batched, normalized, read_files, samples
-from mmpretrain.interop.towers import normalization
-from mmpretrain.pretrained import Pretrained, load, locate, read_config
+from mmpretrain.interop.towers import normalization, stated_image
+from mmpretrain.pretrained import Pretrained, load
 from mmpretrain.types import Padded
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -39,7 +39,7 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     """
     open_clip = _open_clip()
     pretrained = load(folder)
-    stated = read_config(locate(folder))["model"]["encoders"]["image"]
+    stated = stated_image(folder)
     config = describe(pretrained.model, stated)
     mean, std = normalization(pretrained.model.encoders["image"], stated)
     preprocess = _preprocess(pretrained.preprocess, mean, std)

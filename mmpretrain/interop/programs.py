@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from mmpretrain.errors import InputError
 from mmpretrain.model import MultimodalModel
-from mmpretrain.pretrained import Pretrained, model_folder, read_config
+from mmpretrain.pretrained import Pretrained, locate, read_config
 from mmpretrain.types import Padded
 
 SEED = 0
@@ -111,13 +111,13 @@ def inputs_used(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def write_inputs(
-    out: Path, folder: Path, cases: Sequence[Case], files: Mapping[str, str], model: MultimodalModel
+    out: Path, folder: str | Path, cases: Sequence[Case], files: Mapping[str, str], model: MultimodalModel
 ) -> None:
     """Write `inputs.json`: how to make each file's inputs, and what turns embeddings into scores; copy the tokenizer.
 
     `preprocess` and `tokenizer` are as the model's config has them; `folder` is the model's.
     """
-    config = read_config(model_folder(folder))
+    config = read_config(locate(folder))
     parts = {part: dict(config[part]) for part in ("preprocess", "tokenizer")}
     if "path" in parts["tokenizer"]:
         file = Path(parts["tokenizer"]["path"])

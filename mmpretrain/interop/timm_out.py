@@ -19,8 +19,8 @@ from mmpretrain.errors import InputError
 from mmpretrain.interop.out_folder import new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.samples import normalized, samples
-from mmpretrain.interop.towers import normalization
-from mmpretrain.pretrained import load, locate, read_config
+from mmpretrain.interop.towers import normalization, stated_image
+from mmpretrain.pretrained import load
 
 CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's names of the ways to a square picture."""
@@ -60,7 +60,7 @@ def _encoder(model: Any) -> Any:
 
 def _stated(folder: str | Path) -> dict[str, Any]:
     """Read name and arguments of the backbone from the model's config."""
-    image: dict[str, Any] = read_config(locate(folder))["model"]["encoders"]["image"]
+    image = stated_image(folder)
     arguments = image.get("model_args") or {}
     if built := sorted(key for key, value in arguments.items() if _has_target(value)):
         raise InputError(f"timm: model_args of the image encoder build objects ({', '.join(built)}), which JSON cannot")

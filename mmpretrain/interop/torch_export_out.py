@@ -35,5 +35,5 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
         found = check(outputs, tolerance, inputs_used(encoders), "torch_export")
         found.write(temporary)
         files = {case.modality: f"{case.modality}.pt2" for case in encoders}
-        write_inputs(temporary, Path(folder), encoders, files, pretrained.model)
+        write_inputs(temporary, folder, encoders, files, pretrained.model)
     return found

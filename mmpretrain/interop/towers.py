@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from mmpretrain.encoders import ImageEncoder, TextEncoder
 from mmpretrain.encoders.naflex import NaFlexImageEncoder
 from mmpretrain.errors import InputError
 from mmpretrain.layers import ACTIVATIONS
+from mmpretrain.pretrained import locate, read_config
 
 
 class ImageTower(NamedTuple):
@@ -127,6 +129,17 @@ def activation_name(function: Callable[[Tensor], Tensor], tower: str) -> str:
         if torch.allclose(function(x.clone()), ours(x), rtol=0, atol=1e-9):
             return name
     raise InputError(f"its {tower} encoder has the activation {function}, none of {', '.join(ACTIVATIONS)}")
+
+
+def stated_image(folder: str | Path) -> dict[str, Any]:
+    """Return what the config of a model folder says of its image encoder; raises `InputError` where it has none."""
+    model = read_config(locate(folder))["model"]
+    found: Any = (model.get("encoders") or {}).get("image")
+    if not isinstance(found, dict):
+        raise InputError(
+            f"the config of {folder} describes no image encoder (model.encoders.image); this format has one"
+        )
+    return found
 
 
 def normalization(encoder: Any, stated: Mapping[str, Any]) -> tuple[list[float], list[float]]:

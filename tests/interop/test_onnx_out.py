@@ -158,6 +158,14 @@ def test_files_that_compute_something_else_are_refused_and_nothing_is_kept(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.usefixtures("instead")
+def test_what_onnx_runtime_cannot_run_is_said(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_out, "_write", lambda case, path: path.write_bytes(b"no model"))
+    with pytest.raises(InputError, match="image encoder cannot be exported by ONNX Runtime"):
+        onnx_out.export(exported / "model", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 class _Unknown(nn.Module):
     width = 8
 

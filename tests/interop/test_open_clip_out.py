@@ -102,6 +102,14 @@ def test_what_open_clip_cannot_hold_is_named_and_nothing_is_left(config: Any, me
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_a_model_without_pictures_is_refused(tmp_path: Path) -> None:
+    config = out_models.small_clip()
+    del config["model"]["encoders"]["image"]
+    folder = out_models.saved(tmp_path / "ours", config)
+    with pytest.raises(InputError, match="describes no image encoder"):
+        open_clip_out.export(folder, tmp_path / "out")
+
+
 def test_masks_for_padding_are_named(tmp_path: Path) -> None:
     config = out_models.clip()
     config["model"]["encoders"]["text"] |= {"causal": False, "pooling": "mean"}
