@@ -19,7 +19,7 @@ MOST_BYTES = 2**24
 def model_card(folder: Path, repository: str, licence: str | None = None) -> str:
     """Write the model card of the model folder `folder`: metrics, licence, training, and how to load it.
 
-    Metrics and training are those of the run folder that the model lies in; without one they are left out, and said
+    Metrics and training are those of the run whose model it is (`RUN/model`); of another they are left out, and said
     to be. Raises `InputError` for a folder whose identity card cannot be read.
     """
     card = read_card(folder)
@@ -39,14 +39,19 @@ def model_card(folder: Path, repository: str, licence: str | None = None) -> str
         lines += ['images = model.embed("image", preprocess(picture).unsqueeze(0))  # a PIL image']
     lines += ["```", "", "`identity.json` and `golden.safetensors` are what loading verifies.", ""]
     lines += ["## Licence", "", _plain(licence) if licence else "Not stated.", ""]
-    lines += ["## Metrics", "", *(_metrics(folder.parent) or ["None were pushed."]), ""]
+    lines += ["## Metrics", "", *(_metrics(folder) or ["None were pushed."]), ""]
     lines += ["## Model", "", *_model(config or {}), ""]
-    lines += ["## Training", "", *(_training(folder) or ["Not known: the model does not lie in a run folder."]), ""]
+    lines += [
+        "## Training",
+        "",
+        *(_training(folder) or ["Not known: the folder is not the model of a run (RUN/model)."]),
+        "",
+    ]
     return "\n".join(lines)
 
 
 def training(folder: Path) -> bytes | None:
-    """Return what of the run's manifest is published, as JSON; None where the model folder lies in no run.
+    """Return what of the run's manifest is published, as JSON; None where the model folder is no run's.
 
     The command line and the folders of the machine stay behind; secrets were masked when the manifest was written.
     """
@@ -60,15 +65,24 @@ def training(folder: Path) -> bytes | None:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    from mmpretrain.provenance import MANIFEST, read
+    from mmpretrain.provenance import read
 
-    return read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
+    run = _run(folder)
+    return None if run is None else read(run)
 
 
-def _metrics(run: Path) -> list[str]:
-    """Return a table of the metrics that have a chance level, and of the losses; nothing where there are none."""
-    file = run / "metrics.json"
-    if not file.is_file():
+def _run(folder: Path) -> Path | None:
+    """Return the run that made the model; what else lies in its folder, such as an average, it did not measure."""
+    from mmpretrain.provenance import MANIFEST
+
+    whole = folder.resolve()
+    return whole.parent if whole.name == "model" and (whole.parent / MANIFEST).is_file() else None
+
+
+def _metrics(folder: Path) -> list[str]:
+    """Return a table of the run's finite metrics, with intervals and chance levels; nothing where there are none."""
+    run = _run(folder)
+    if run is None or not (file := run / "metrics.json").is_file():
         return []
     try:
         if file.stat().st_size > MOST_BYTES:

@@ -41,9 +41,13 @@ def interpolate(
 ) -> Path:
     """Write the model (1 - alpha) `first` + alpha `second` as the model folder `out`, and return it.
 
-    Raises `InputError` for an alpha outside [0, 1], and where architecture, tokenizer or preprocessing differ.
+    Raises `InputError` for an alpha outside [0, 1], where architecture, tokenizer or preprocessing differ, and for an
+    `out` that is one of the two.
     """
-    configs = [read_config(model_folder(Path(path))) for path in (first, second)]
+    folders = [model_folder(Path(path)) for path in (first, second)]
+    if Path(out).resolve() in [folder.resolve() for folder in folders]:
+        raise InputError(f"{out} is one of the two models; give another folder, or its weights would be lost")
+    configs = [read_config(folder) for folder in folders]
     for part in PARTS:
         differing = changes(*(_compared(config[part]) for config in configs))
         if differing:

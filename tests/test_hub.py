@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,33 +19,10 @@ from mmpretrain.config import instantiate
 from mmpretrain.hub_card import model_card, training
 from mmpretrain.provenance import FORMAT
 from tests.hub_server import TOKEN, Hub
+from tests.test_pretrained import CONFIG
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the hub's client, on upload
 
-CONFIG = {
-    "model": {
-        "_target_": "mmpretrain.MultimodalModel",
-        "embed_dim": 16,
-        "encoders": {
-            "image": {
-                "_target_": "mmpretrain.ImageEncoder",
-                "name": "vit_tiny_patch16_224",
-                "model_args": {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-            },
-            "text": {
-                "_target_": "mmpretrain.TextEncoder",
-                "vocab_size": 259,
-                "eos_id": 2,
-                "context_length": 20,
-                "width": 32,
-                "depth": 1,
-                "num_heads": 2,
-            },
-        },
-    },
-    "preprocess": {"_target_": "mmpretrain.data.preprocess.Preprocess", "image_size": 16},
-    "tokenizer": {"_target_": "mmpretrain.data.tokenizer.ByteTokenizer", "context_length": 20},
-}
 MANIFEST = {
     "format": FORMAT,
     "time": "2026-01-02T03:04:05Z",
@@ -274,8 +249,16 @@ def test_a_model_card_says_how_to_load_what_was_measured_and_how_it_was_trained(
 
 def test_a_model_card_without_a_run_says_so(model):
     text = model_card(model, "somebody/a-model")
-    assert "None were pushed." in text and "the model does not lie in a run folder" in text
+    assert "None were pushed." in text and "is not the model of a run" in text
     assert training(model) is None
+
+
+def test_what_else_lies_in_a_run_is_not_what_the_run_measured(run, monkeypatch):
+    averaged = shutil.copytree(run / "model", run / "averaged")
+    text = model_card(averaged, "somebody/a-model")
+    assert training(averaged) is None and "zero_shot" not in text and "- steps:" not in text
+    monkeypatch.chdir(run / "model")
+    assert "| `zero_shot/top1` | 0.5123" in model_card(Path(), "somebody/a-model")
 
 
 def test_text_of_strangers_stays_text_in_a_model_card(run):
@@ -290,22 +273,8 @@ def test_the_dry_run_prints_the_card_and_sends_nothing(server, run, capsys):
     assert "license: mit" in capsys.readouterr().out and server.seen == []
 
 
-def test_the_command_pushes_with_the_settings_of_the_environment(run, tmp_path):
-    with Hub() as found:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": found.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "MMPRETRAIN_CACHE": str(tmp_path / "ours"),
-        }
-        command = [sys.executable, "-m", "mmpretrain", "push", str(run), "somebody/a-model", "--private"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip().startswith(f"{found.url}/somebody/a-model/commit/")
-        assert found.repositories["somebody/a-model"].private
-        assert (run / "model" / "model.safetensors").read_bytes() == found.files("somebody/a-model")[
-            "model.safetensors"
-        ]
+def test_the_command_pushes(server, run, capsys):
+    assert main(["push", str(run), "somebody/a-model", "--private"]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{server.url}/somebody/a-model/commit/")
+    assert server.repositories["somebody/a-model"].private
+    assert server.files("somebody/a-model")["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()

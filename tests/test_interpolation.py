@@ -63,6 +63,9 @@ def test_models_of_two_architectures_are_refused_naming_the_difference(tmp_path)
     a, b = saved(tmp_path / "a", 0), saved(tmp_path / "b", 0, embed_dim=12)
     with pytest.raises(InputError, match=r"differ in model\.embed_dim: 8 and 12"):
         interpolate(a, b, tmp_path / "c")
+    for other in (a, b):
+        with pytest.raises(InputError, match="is one of the two models"):
+            interpolate(a, b, other)
     with pytest.raises(InputError, match=r"alpha is 1\.5"):
         interpolate(a, a, tmp_path / "c", 1.5)
     assert not (tmp_path / "c").exists()

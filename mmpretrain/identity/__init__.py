@@ -142,8 +142,8 @@ def verify(folder: Path, parts: Pretrained, config: Mapping[str, Any], again: bo
         _refuse(folder, f"weights: {WEIGHTS} is not the file whose SHA-256 the card has")
     wrong = disagreement(card.golden, parts)
     if wrong is not None:
-        other = [f"{name} {version} there, {versions().get(name)} here" for name, version in card.versions.items()]
-        other = [line for line, (name, version) in zip(other, card.versions.items()) if versions().get(name) != version]
+        here = versions()
+        other = [f"{n} {there} there, {here.get(n)} here" for n, there in card.versions.items() if here.get(n) != there]
         _refuse(folder, wrong + (f" (written with {', '.join(other)})" if other else ""))
     try:
         verdict.parent.mkdir(parents=True, exist_ok=True)
