@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -192,6 +192,30 @@ def check_checkpoint(run: Run, module: nn.Module, max_steps: int) -> None:
             f"checkpoint {run.checkpoint} is at step {run.step} and training ends at {max_steps}: nothing is left to "
             "do; raise trainer.max_steps, or evaluate the model"
         )
+
+
+def check_groups(run: Run, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `InputError` where a checkpoint's optimizer trained other weights than `groups`, or layers at other rates.
+
+    With as many groups it would go on at the old rates, whatever the config says.
+    """
+    if run.checkpoint is None:
+        return
+    now = _sizes(groups)
+    for state in part(Path(run.checkpoint), "optimizer_states") or []:
+        before = _sizes(state["param_groups"])
+        if before != now:
+            raise InputError(
+                f"checkpoint {run.checkpoint} trained {sum(size for size, _ in before)} tensors at "
+                f"{len({scale for _, scale in before})} rates, this config {sum(size for size, _ in now)} at "
+                f"{len({scale for _, scale in now})}, or other ones; resume with the finetune, optimizer and "
+                "optimizer.layer_decay it was made with, or begin another run with init=MODEL"
+            )
+
+
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Count the tensors of each parameter group, with what their rate is multiplied with."""
+    return [(len(group["params"]), group.get("lr_scale", 1.0)) for group in groups]
 
 
 def check_adapters(run: Run, lora: Mapping[str, Any] | None) -> None:

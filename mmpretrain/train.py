@@ -27,7 +27,7 @@ from mmpretrain.model import MultimodalModel
 from mmpretrain.pretrained import Pretrained, save
 from mmpretrain.provenance import given_overrides, manifest, record
 from mmpretrain.report import report_run
-from mmpretrain.runs import Run, check_adapters, check_checkpoint, open_run
+from mmpretrain.runs import Run, check_adapters, check_checkpoint, check_groups, open_run
 from mmpretrain.training.assembly import Assembly, assemble
 from mmpretrain.training.checks import check_tokenizer
 from mmpretrain.training.compilation import check_place, uncompiled
@@ -84,6 +84,7 @@ def _train(config: DictConfig, preemption: Preemption, stack: ExitStack) -> dict
     check_identity(run.folder, sources)
     check_adapters(run, resolved["finetune"]["lora"])
     check_checkpoint(run, module, config.trainer.max_steps)
+    check_groups(run, module.optimizer(module.groups(model, module.weight_decay)).param_groups)
     config.run_dir = str(run.folder)  # what loggers and config.yaml see
     data: DataModule = build(config.data.module)
     data.prepare_data()

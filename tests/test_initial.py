@@ -228,6 +228,15 @@ def test_a_loss_that_compares_needs_a_whole_model_to_begin_with(tiny, tmp_path, 
     assert "init=MODEL" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_the_weights_and_rates_it_trained(tune, tmp_path, capsys):
+    folder = [f"run_dir={tmp_path / 'run'}", "optimizer.layer_decay=0.5", "evaluators=none"]
+    assert run(*tune, *folder, "trainer.max_steps=2", "scheduler.total_steps=4") == 0
+    for other in ("finetune.freeze=[text]", "optimizer.layer_decay=null", "optimizer.layer_decay=0.6"):
+        assert run(*tune, *folder, other, "resume=auto") == 2
+        assert "resume with the finetune, optimizer and optimizer.layer_decay" in capsys.readouterr().err
+    assert run(*tune, *folder, "resume=auto") == 0
+
+
 def test_what_a_run_began_with_is_compared_part_by_part(base, tmp_path):
     began = [Source(part, "x", base / "model") for part in ("text", "image")]
     manifest = json.loads((base / "manifest.json").read_text())
