@@ -19,6 +19,7 @@ from tests.datasets.idx_files import write_idx_folder
 from tests.evaluation.digits import write_digits
 from tests.evaluation.suite_example import save_model, save_run
 from tests.evaluation.test_report import Page
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(*arguments: str) -> int:
     return main(["evaluate", *arguments])
+
+
+def twice(*arguments: str) -> list[int]:
+    return [evaluate(*arguments), evaluate(*arguments)]
 
 
 def test_checkpoints_of_a_run_and_another_model(
@@ -92,16 +97,19 @@ def test_data_sets_behind_an_address(run: Path, digits: Path, tmp_path: Path, mo
     assert json.loads(far.read_text()) == json.loads(near.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("several", [True, False])
-def test_ranks_of_torchrun_write_what_one_process_writes(
-    run: Path, digits: Path, tmp_path: Path, several: bool
-) -> None:
+def test_ranks_write_one_models_numbers_once(run: Path, digits: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
-    given = ["benchmark=folder", f"benchmark_root={digits}"]
-    if not several:
-        given = ["evaluators=benchmark_zero_shot", f"data.root={digits}"]
-    given.append(f"checkpoint={run}")
+    given = ["evaluators=benchmark_zero_shot", f"data.root={digits}", f"checkpoint={run}"]
+    assert evaluate(*given, f"output={alone}") == 0
+    # The second time it is there, and every rank says so.
+    assert run_ranks(twice, 2, *given, f"output={together}") == [[0, 2], [0, 2]]
+    assert json.loads(together.read_text()) == json.loads(alone.read_text())
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_write_what_one_process_writes(run: Path, digits: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    given = ["benchmark=folder", f"benchmark_root={digits}", f"checkpoint={run}"]
     assert evaluate(*given, f"output={alone}") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "mmpretrain", "evaluate", *given, f"output={together}"]

@@ -74,9 +74,8 @@ def test_a_transformer_gives_the_same_in_any_batch(
     assert same(measure(scans[0], batch_size, num_workers), scans[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_rank_has_the_numbers_of_one_process(scans: tuple[str, dict[str, float]], world_size: int) -> None:
-    found = run_ranks(both, world_size, scans[0], 7)  # together: starting ranks takes longer than all of it
+def test_every_rank_has_the_numbers_of_one_process(scans: tuple[str, dict[str, float]]) -> None:
+    found = run_ranks(both, 3, scans[0], 7)  # together: starting ranks takes longer than all of it
     assert all(one == found[0] for one in found)
     exact, rounded = found[0]
     assert exact == ALONE()
