@@ -34,7 +34,8 @@ class HuggingFaceTextEncoder(nn.Module):
     `pretrained`: a folder with the model's weights (`model.safetensors`), which are loaded over random ones; a saved
     model has them in its own file and forgets the folder. Nothing is downloaded, no code of a checkpoint runs.
 
-    Raises `InputError` for a config that transformers has no class for, or that asks for other code.
+    Raises `InputError` for a config that transformers has no class for, or that asks for other code, and for a
+    `context_length` beyond its learned positions.
     """
 
     causal = False
@@ -52,6 +53,7 @@ class HuggingFaceTextEncoder(nn.Module):
             raise InputError(f"pooling is {pooling!r}; choose one of {', '.join(get_args(HuggingFacePooling))}")
         self.pooling, self.context_length = pooling, context_length
         self.transformer = _create(config, own_pooler=pooling == "pooler")
+        _check_length(self.transformer, context_length)
         found = self.transformer.config
         self.width, self.vocab_size, self.pad_id = int(found.hidden_size), int(found.vocab_size), found.pad_token_id
         if pretrained is not False and pretrained is not None:
@@ -157,6 +159,15 @@ def _create(config: Mapping[str, Any], own_pooler: bool) -> Any:
         if isinstance(error, InputError):
             raise
         raise InputError(f"no text encoder of model_type={built.model_type!r}: {_one_line(error)}") from error
+
+
+def _check_length(transformer: Any, context_length: int) -> None:
+    table = getattr(getattr(transformer, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):  # positions are computed
+        return
+    most = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # RoBERTa's begin later
+    if context_length > most:
+        raise InputError(f"context_length={context_length} but the text model has positions for {most} ids; lower it")
 
 
 def _one_line(error: Exception) -> str:

@@ -118,6 +118,16 @@ def test_configs_that_bring_code_or_do_not_fit_are_refused(change, message):
         HuggingFaceTextEncoder(BERT | change, 12)
 
 
+@pytest.mark.parametrize(("model_type", "most"), [("bert", 20), ("roberta", 18)])  # whose first positions are unused
+def test_texts_longer_than_the_learned_positions_are_refused(model_type, most):
+    config = {**BERT, "model_type": model_type, "max_position_embeddings": 20, "pad_token_id": 1}
+    encoder = HuggingFaceTextEncoder(config, most).eval()
+    with torch.no_grad():
+        assert encoder(torch.full((1, most), 5)).tokens.shape[1] == most
+    with pytest.raises(InputError, match=rf"context_length={most + 1} but .* positions for {most} ids"):
+        HuggingFaceTextEncoder(config, most + 1)
+
+
 def test_other_mistakes_are_named():
     with pytest.raises(InputError, match="pooling is 'max'"):
         encoder(pooling="max")
