@@ -203,6 +203,16 @@ def test_a_repository_of_the_hub_is_converted_by_the_files_it_has(hub):
         remote.fetch("hf-hub:org/clip")
 
 
+def test_a_pickle_is_not_fetched_from_the_hub(hub):
+    repository = hub / "org" / "old"
+    repository.mkdir(parents=True)
+    (repository / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    (repository / "pytorch_model.bin").write_bytes(b"not to be read")
+    with pytest.raises(InputError, match=r"in a pickle only \(pytorch_model\.bin\).*download the repository yourself"):
+        remote.fetch("hf-hub:org/old")
+    assert not list(hub.parent.glob("snapshots/*/*/*.bin"))
+
+
 def test_an_index_of_the_hub_that_is_none_is_named(hub):
     repository = hub / "org" / "parts"
     repository.mkdir(parents=True)
