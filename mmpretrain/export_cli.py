@@ -43,8 +43,11 @@ def main(argv: Sequence[str]) -> int:
         metavar="X",
         help=f"largest difference of an output that is accepted, in float32 (default: {TOLERANCE:g})",
     )
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="package of yours whose classes the model has"
+    )
     args = parser.parse_args(argv)
-    report = export(args.format, args.model, args.out, args.tolerance)
+    report = export(args.format, args.model, args.out, args.tolerance, args.allow)
     for output, error in report.errors.items():
         print(f"{output}: max abs error {error:.1e}")
     if report.said:
@@ -53,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def export(format: str, model: str | Path, out: str | Path, tolerance: float = TOLERANCE) -> Parity:
+def export(
+    format: str, model: str | Path, out: str | Path, tolerance: float = TOLERANCE, allow: Sequence[str] = ()
+) -> Parity:
     """Export a model folder, or the published model of that name; returns what was compared, and how far apart it was.
 
     Raises `InputError` for an unknown format, a missing package, a model the format cannot hold, and outputs that
@@ -67,5 +72,5 @@ def export(format: str, model: str | Path, out: str | Path, tolerance: float = T
         raise InputError(f"tolerance is {tolerance}; expected a positive number such as {TOLERANCE:g}")
     folder = locate(model)
     exporter = importlib.import_module(f"mmpretrain.interop.{format}_out")
-    report: Parity = exporter.export(folder, Path(out), tolerance=tolerance)
+    report: Parity = exporter.export(folder, Path(out), tolerance=tolerance, allow=allow)
     return report

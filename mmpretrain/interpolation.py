@@ -30,8 +30,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("second", type=Path, metavar="B", help="one of the same architecture: alpha 1")
     parser.add_argument("out", type=Path, metavar="OUT", help="the model folder to write")
     parser.add_argument("--alpha", type=float, default=0.5, help="from 0 (A) to 1 (B) (default: 0.5)")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="package of yours whose classes the models have"
+    )
     args = parser.parse_args(argv)
-    folder = interpolate(args.first, args.second, args.out, args.alpha)
+    folder = interpolate(args.first, args.second, args.out, args.alpha, args.allow)
     print(f"{folder}: {1 - args.alpha:g} of {args.first} and {args.alpha:g} of {args.second}")
     return 0
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from mmpretrain import export_cli
+from mmpretrain import Encoded, export_cli, save
 from mmpretrain.cli import main
+from mmpretrain.config import instantiate
 from mmpretrain.interop.parity import Parity
 
 
@@ -22,7 +25,7 @@ def test_every_format_has_an_exporter(format):
 def test_the_report_is_shown(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def export(folder, out, tolerance):
+    def export(folder, out, tolerance, allow):
         calls.append((folder, out, tolerance))
         return Parity("timm", {"image.embedding": 3e-7}, tolerance, {}, {})
 
@@ -34,6 +37,34 @@ def test_the_report_is_shown(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "image.embedding: max abs error 3.0e-07" in shown
     assert "parity.json" in shown
+
+
+class Corner(nn.Module):
+    """An encoder of one's own: the corner of a picture."""
+
+    width = 12
+
+    def forward(self, values, mask=None):
+        tokens = values[..., :2, :2].float().flatten(1)[:, None] / 255
+        return Encoded(tokens[:, 0], tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool))
+
+
+def test_an_encoder_of_a_package_that_is_allowed_is_exported(tmp_path, capsys):
+    config = {
+        "model": {
+            "_target_": "mmpretrain.MultimodalModel",
+            "embed_dim": 4,
+            "encoders": {"image": {"_target_": f"{__name__}.Corner"}},
+        },
+        "preprocess": {"_target_": "mmpretrain.data.preprocess.Preprocess", "image_size": 16},
+        "tokenizer": {"_target_": "mmpretrain.data.tokenizer.ByteTokenizer"},
+    }
+    folder = save(tmp_path / "model", instantiate(config["model"], allow=("tests",)), config)
+    command = ["export", "torch_export", str(folder), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "which is not allowed" in capsys.readouterr().err
+    assert main([*command, "--allow", "tests"]) == 0
+    assert (tmp_path / "out" / "image.pt2").is_file()
 
 
 @pytest.mark.parametrize(

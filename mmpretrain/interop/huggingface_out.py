@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,22 @@ from mmpretrain.interop.huggingface_names import TABLES
 from mmpretrain.interop.huggingface_preprocess import FILE, their_preprocess
 from mmpretrain.interop.huggingface_tokenizer_out import write_tokenizer
 from mmpretrain.interop.names import to_theirs
-from mmpretrain.interop.out_folder import new_folder
+from mmpretrain.interop.out_folder import needed, new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.samples import Reading, Samples, batched, normalized, read_files, real_ids, samples
 from mmpretrain.interop.towers import normalization, stated_image
 from mmpretrain.pretrained import Pretrained, load
 
 
-def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
+def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: Sequence[str] = ()) -> Parity:
     """Write a model folder as one of transformers: config, weights, image processor and tokenizer, and `parity.json`.
 
     transformers loads the result and is compared with the model: embeddings of pictures and texts, pixels, token ids.
     Raises `InputError` without the extra `huggingface`, for a part that transformers' classes lack, and beyond
     `tolerance`.
     """
-    transformers = _transformers()
-    pretrained = load(folder)
+    transformers = needed("huggingface", "transformers")
+    pretrained = load(folder, allow=allow)
     described = describe(pretrained.model, getattr(pretrained.tokenizer, "start_id", None), pretrained.tokenizer.pad_id)
     stated = stated_image(folder)
     settings = their_preprocess(pretrained.preprocess, *normalization(pretrained.model.encoders["image"], stated))
@@ -46,16 +47,6 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
         found = check(outputs | files.outputs, tolerance, given.described(), "huggingface", packages, files.notes)
         found.write(temporary)
     return found
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f"export huggingface needs a package: {error}; pip install 'mmpretrain-contrastive[huggingface]'"
-        ) from error
-    return transformers
 
 
 def _write(out: Path, pretrained: Pretrained, described: Described, settings: Config) -> None:

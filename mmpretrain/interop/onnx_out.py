@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.errors import InputError
-from mmpretrain.interop.out_folder import new_folder
+from mmpretrain.interop.out_folder import needed, new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.programs import OUTPUT, Case, capture, cases, clear_errors, compare, inputs_used, write_inputs
 from mmpretrain.pretrained import load
@@ -24,7 +22,7 @@ LARGEST_FILE = 1_900_000_000
 """Bytes of weights above which they lie beside the model, in `<name>.onnx.data`: protobuf ends at 2 GiB."""
 
 
-def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
+def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: Sequence[str] = ()) -> Parity:
     """Write `image.onnx` and `text.onnx` of a model folder into `out`, with `parity.json` and `inputs.json`.
 
     Inputs are `image` (B,3,S,S) uint8, and `text` (B,L) int64 with `mask` (B,L) bool, True = real; the output is
@@ -32,8 +30,8 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
     with the model. Raises `InputError` without the packages of the extra `onnx`, for an operator ONNX does not have,
     and beyond `tolerance`.
     """
-    _check_packages()
-    pretrained = load(folder)
+    needed("onnx", *PACKAGES)
+    pretrained = load(folder, allow=allow)
     encoders = cases(pretrained)
     with new_folder(out, "onnx") as temporary:
         outputs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -47,14 +45,6 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
         files = {case.modality: f"{case.modality}.onnx" for case in encoders}
         write_inputs(temporary, folder, encoders, files, pretrained.model)
     return found
-
-
-def _check_packages() -> None:
-    try:
-        for package in PACKAGES:
-            importlib.import_module(package)
-    except ImportError as error:
-        raise InputError(f"export onnx needs a package: {error}; pip install 'mmpretrain-contrastive[onnx]'") from error
 
 
 def _write(case: Case, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmpretrain.interop.names import to_theirs
 from mmpretrain.interop.open_clip_describe import Config, describe
 from mmpretrain.interop.open_clip_in import CONFIG, RESIZE
 from mmpretrain.interop.open_clip_names import BACKBONE
-from mmpretrain.interop.out_folder import new_folder
+from mmpretrain.interop.out_folder import needed, new_folder
 from mmpretrain.interop.parity import Parity, check
 from mmpretrain.interop.samples import Samples, batched, normalized, read_files, samples
 from mmpretrain.interop.towers import normalization, stated_image
@@ -31,14 +32,14 @@ CLEANED = ("whitespace", "lower", "canonicalize")
 """What open_clip can do to a text before a tokenizer.json reads it; it always does one of them."""
 
 
-def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
+def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: Sequence[str] = ()) -> Parity:
     """Write a model folder as one of open_clip: `open_clip_config.json`, weights, tokenizer files, and `parity.json`.
 
     open_clip loads the result and is compared with the model: pixels, token ids, embeddings, and CoCa's captions.
     Raises `InputError` without open_clip, for a part it does not have, and beyond `tolerance`.
     """
-    open_clip = _open_clip()
-    pretrained = load(folder)
+    open_clip = needed("open_clip", "open_clip")
+    pretrained = load(folder, allow=allow)
     stated = stated_image(folder)
     config = describe(pretrained.model, stated)
     mean, std = normalization(pretrained.model.encoders["image"], stated)
@@ -60,16 +61,6 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Pari
         found = check(outputs | files.outputs, tolerance, given.described(), "open_clip", packages, files.notes)
         found.write(temporary)
     return found
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise InputError(
-            f"export open_clip needs a package: {error}; pip install 'mmpretrain-contrastive[open_clip]'"
-        ) from error
-    return open_clip
 
 
 def _preprocess(preprocess: Any, mean: list[float], std: list[float]) -> Config:

@@ -1,17 +1,30 @@
-"""A folder that an export fills: it appears whole or not at all."""
+"""What every export needs: its packages, and a folder to fill, which appears whole or not at all."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from mmpretrain.errors import InputError
 from mmpretrain.folders import others, put_in_place
 from mmpretrain.interop.parity import REPORT
+
+
+def needed(target: str, *packages: str) -> ModuleType:
+    """Import what an export needs, the extra of that name, and return the first; `InputError` where one is missing."""
+    try:
+        first, *_ = [importlib.import_module(package) for package in packages]
+    except ImportError as error:
+        raise InputError(
+            f"export {target} needs a package: {error}; pip install 'mmpretrain-contrastive[{target}]'"
+        ) from error
+    return first
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ CARRIED = ("fixed_input_size", "first_conv", "classifier", "pool_size")
 """What timm says of the architecture and not of the weights."""
 
 
-def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
+def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: Sequence[str] = ()) -> Parity:
     """Write the image encoder of a model folder, without its projection, and `parity.json`.
 
     timm loads the result and is compared with the encoder: pooled vectors and tokens. Raises `InputError` for a pooler
     that is not timm's, for arguments that its config cannot hold, and beyond `tolerance`.
     """
-    pretrained = load(folder)
+    pretrained = load(folder, allow=allow)
     encoder = _encoder(pretrained.model)
     stated = _stated(folder)
     mean, std = normalization(encoder, stated)

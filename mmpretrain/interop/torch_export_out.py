@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,14 +15,14 @@ from mmpretrain.interop.programs import capture, cases, compare, inputs_used, wr
 from mmpretrain.pretrained import load
 
 
-def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5) -> Parity:
+def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: Sequence[str] = ()) -> Parity:
     """Write `image.pt2` and `text.pt2` of a model folder into `out`, with `parity.json` and `inputs.json`.
 
     `torch.export.load(file).module()` takes `image` (B,3,S,S) uint8, or `text` (B,L) int64 and `mask` (B,L) bool, and
     gives (B,E) float32 unit vectors; pixels are normalised inside. The files are loaded again and compared with the
     model. Raises `InputError` where an encoder cannot be recorded, and beyond `tolerance`.
     """
-    pretrained = load(folder)
+    pretrained = load(folder, allow=allow)
     encoders = cases(pretrained)
     with new_folder(out, "torch_export") as temporary:
         outputs: dict[str, tuple[Tensor, Tensor]] = {}
