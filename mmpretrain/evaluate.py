@@ -18,7 +18,6 @@ from mmpretrain.errors import InputError
 from mmpretrain.evaluation import run_evaluators, write_metrics
 from mmpretrain.evaluation.benchmark import works_of
 from mmpretrain.evaluation.candidates import Candidate, find, names_one
-from mmpretrain.evaluation.compare import write_comparison
 from mmpretrain.evaluation.results import Results, Work, work
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.evaluation.tables import csv_text, flat, json_text, rows_of
@@ -67,8 +66,9 @@ def _suite(
 ) -> dict[str, float]:
     output = Path(config.output)
     table, page, parts = (output.with_name(output.name.removesuffix(".json") + ending) for ending in BESIDE)
-    _check_output([output, table, page], parts.is_dir() or bool(config.overwrite))
     benchmark = config.get("benchmark")
+    name = "evaluators" if benchmark is None else benchmark.name
+    _check_output([output, table, page], bool(config.overwrite) or (parts.is_dir() and _is_of(output, name)))
     prepare = config.prepare if benchmark is None else benchmark.prepare
     _first_rank_first(partial(build, prepare) if prepare is not None else None)
     works = _evaluators(config, device) if benchmark is None else _benchmark(config, device)
@@ -82,8 +82,9 @@ def _suite(
         lambda one: build(one.config),
         config.overwrite,
     )
-    name = "evaluators" if benchmark is None else benchmark.name
     if rank() == 0:
+        from mmpretrain.evaluation.compare import write_comparison  # it imports matplotlib
+
         rows = rows_of(measured)
         write_whole(table, csv_text(rows))
         write_comparison(page, name, rows)
@@ -97,6 +98,16 @@ def _suite(
         for candidate, one, metrics in measured
         for key, value in flat(one.data_set, one.task, metrics).items()
     }
+
+
+def _is_of(output: Path, benchmark: str) -> bool:
+    """Whether `output` is the JSON of this benchmark, or not there."""
+    try:
+        return bool(json.loads(output.read_text(encoding="utf-8"))["benchmark"] == benchmark)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_output(files: Sequence[Path], replace: bool) -> None:

@@ -163,6 +163,10 @@ def test_no_output_takes_the_place_of_another(
         assert evaluate(*arguments, "benchmark.tasks=knn", f"output={tmp_path / name}") == 0
     endings = ("", ".csv", ".html", ".parts")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"b.{n}{end}" for n in (16, 32) for end in endings]
+    capsys.readouterr()
+    other = ["evaluators=benchmark_zero_shot", f"data.root={digits}", f"output={tmp_path / 'b.16'}"]
+    assert evaluate(f"checkpoint=[{run / 'model'}]", *other) == 2
+    assert "b.16 exists" in capsys.readouterr().err
     mine = tmp_path / "mine.csv"
     mine.write_text("mine")
     capsys.readouterr()

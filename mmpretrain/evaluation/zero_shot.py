@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +124,12 @@ def _namesakes(names: Sequence[str], device: torch.device) -> tuple[Tensor | Non
     """Say of each class which is the first of its name, and how many of its name come after it; None if none does."""
     if len(set(names)) == len(names):
         return None, None
-    first = [names.index(name) for name in names]
-    behind = [list(names[number + 1 :]).count(name) for number, name in enumerate(names)]
+    place: dict[str, int] = {}
+    first = [place.setdefault(name, number) for number, name in enumerate(names)]
+    left, behind = Counter(names), []
+    for name in names:
+        left[name] -= 1
+        behind.append(left[name])
     return torch.tensor(first, device=device), torch.tensor(behind, device=device)
 
 
