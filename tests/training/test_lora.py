@@ -22,7 +22,9 @@ from mmpretrain import (
     Padded,
     TextEncoder,
 )
+from mmpretrain.activation_checkpointing import checkpoint_activations
 from mmpretrain.distributed import rank, world_size
+from mmpretrain.training.compilation import compile_model
 from mmpretrain.training.float8 import convert_to_float8
 from mmpretrain.training.fsdp import full_state, shard
 from mmpretrain.training.lora import Lora, attention_layers, merge_adapter
@@ -228,6 +230,26 @@ def test_adapters_lie_beside_8_bit_layers_too():
     merged.load_state_dict(lora.merged(model.state_dict()))
     want = model.eval().embed("text", texts)
     torch.testing.assert_close(merged.eval().embed("text", texts), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look
+def test_adapters_have_the_same_gradients_compiled_and_recomputed():
+    torch._dynamo.reset()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        ContrastiveLoss()(model(models.batch(4, pad_to=12))).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    model = models.clip()
+    Lora(rank=2).attach(model)
+    shaken(model)
+    want = gradients()
+    checkpoint_activations(model, "selective")
+    compile_model(model, "eager", by_block=True)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, want[name], rtol=0, atol=1e-6, msg=name)
+    torch._dynamo.reset()
 
 
 def test_frozen_encoders_get_no_adapter():
