@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmpretrain.data.decode import Image, TextCaption
 from mmpretrain.data.json_fields import JsonCaption
 from mmpretrain.embedding.parts import Rows, Store
-from mmpretrain.embedding.sources import PICTURE, Source, open_source
+from mmpretrain.embedding.sources import PICTURE, Source, SourceLost, open_source
 from mmpretrain.errors import InputError
 from mmpretrain.evaluation.embed import stacking
 from mmpretrain.pretrained import CONFIG, WEIGHTS, Pretrained, load
@@ -61,6 +61,8 @@ class Samples(Dataset[Done]):
         try:
             sample = {"__key__": self.source.key(item), **self.source.read(item)}
             return Done(item, self.field(sample, torch.Generator()), "")
+        except SourceLost:  # what is left out now would never be made
+            raise
         except (OSError, ValueError) as error:  # `InputError` is a ValueError
             return Done(item, None, " ".join(str(error).split()))
 

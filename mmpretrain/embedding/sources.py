@@ -10,12 +10,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from mmpretrain.data.shards import Shard, expand
+from mmpretrain.data.shards import ChecksumError, Shard, expand
 from mmpretrain.data.sources import TABLES, ParquetCell, find_pictures, read_picture, rows_of
 from mmpretrain.errors import InputError
 
 PICTURE, TEXT = "picture", "txt"
 """Fields under which folders and tables give their samples; shards have their own."""
+
+
+class SourceLost(InputError):
+    """The source cannot be read any more, which is no damage of one sample."""
 
 
 class Source(Protocol):
@@ -36,7 +40,7 @@ class Source(Protocol):
         """Where sample i lies, for a person."""
 
     def read(self, i: int) -> dict[str, bytes]:
-        """Bytes of sample i by field; raises OSError or ValueError where it cannot be read."""
+        """Bytes of sample i by field; raises OSError or ValueError where it, `SourceLost` where nothing can be read."""
 
 
 class Folder:
@@ -107,7 +111,12 @@ class Shards:
     def read(self, i: int) -> dict[str, bytes]:
         """The sample's bytes by field."""
         shard, place = self._place(i)
-        return shard.read(place)
+        try:
+            return shard.read(place)
+        except ChecksumError:  # of this sample
+            raise
+        except (OSError, ValueError) as error:  # the shard is gone, or cannot be fetched
+            raise SourceLost(f"{error}; run the same command again once it can be read") from error
 
 
 class Table:

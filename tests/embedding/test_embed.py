@@ -20,6 +20,7 @@ from PIL import Image
 from mmpretrain import InputError, load, save
 from mmpretrain.cli import main
 from mmpretrain.config import instantiate
+from mmpretrain.data.shards import Shard
 from mmpretrain.embedding.index import iter_embeddings
 from mmpretrain.embedding.parts import LOST, MANIFEST, Store
 from tests.shard_sets import write_pictures
@@ -203,6 +204,28 @@ def test_what_damage_took_from_a_shard_is_counted(model, tmp_path, capsys):
     assert main(["embed", str(model), str(shards), str(tmp_path / "out")]) == 0
     assert "damage to the shards took samples besides" in capsys.readouterr().err
     assert (tmp_path / "out" / LOST).read_text()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_shard_that_cannot_be_fetched_stops_the_run_and_costs_no_sample(
+    model, tmp_path, monkeypatch, capsys, workers
+):
+    shards = write_pictures(tmp_path / "shards")
+    command = ["embed", str(model), str(shards), str(tmp_path / "out"), "--part-size", "16", "--workers", workers]
+    read = Shard.read
+
+    def unreachable(self, i):
+        if self.name.endswith("00002.tar"):
+            raise OSError("cannot fetch: no route to host")
+        return read(self, i)
+
+    monkeypatch.setattr(Shard, "read", unreachable)
+    assert main(command) == 2
+    assert "no route to host; run the same command again" in capsys.readouterr().err
+    assert Store.open(tmp_path / "out").missing == [2, 3]
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "64 of 64 embedded" in capsys.readouterr().out
 
 
 def test_other_pictures_of_the_same_name_are_another_source(model, tmp_path, capsys):
