@@ -51,6 +51,8 @@ def resolve(name: str) -> Path:
     """
     folder = _folder(name)
     if not (folder / CONFIG).is_file():
+        if folder.exists():
+            raise InputError(f"{folder} is damaged: it has no {CONFIG}; remove it, and {name} is fetched anew")
         made = fetch(name)
         if isinstance(made, Path):  # a model folder of ours, which lies in the hub's own cache
             return made

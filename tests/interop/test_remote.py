@@ -105,6 +105,14 @@ def test_a_model_is_fetched_and_converted_once(served, monkeypatch, cache):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_a_damaged_folder_of_the_cache_is_named_before_anything_is_fetched(served, monkeypatch):
+    published(served, monkeypatch)
+    remote._folder("openai:tiny/1").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is damaged: it has no config\.yaml; remove it"):
+        remote.resolve("openai:tiny/1")
+    assert not served[2]
+
+
 def test_a_file_that_is_not_what_was_published_is_refused(served, monkeypatch, cache):
     path = published(served, monkeypatch)
     path.write_bytes(path.read_bytes() + b"x")
