@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,8 @@ def follow(config: DictConfig, overrides: Sequence[str] = ()) -> list[Source]:
 
     A whole model brings its architecture, tokenizer and preprocessing; an encoder its own part, with the tokenizer for
     `text` and the preprocessing for `image`. `overrides` are those of the command line: what they say of the model is
-    said again on top; one that sets tokenizer or preprocessing, or chooses another model, raises `InputError`.
+    said again on top; one that sets tokenizer or preprocessing, or chooses another model, raises `InputError`, as does
+    an encoder to freeze whose weights nothing gives.
     """
     sources = list(_sources(config.get("init")))
     with open_dict(config):
@@ -50,6 +51,14 @@ def follow(config: DictConfig, overrides: Sequence[str] = ()) -> list[Source]:
         freeze = (config.get("finetune") or {}).get("freeze")
         if freeze is not None:
             config.model.freeze = freeze
+            model: Any = OmegaConf.to_container(config.model, resolve=False)
+            named = freeze if OmegaConf.is_list(freeze) else ()  # anything else the model refuses
+            locked = [part for part in model.get("encoders") or {} if part in named]
+            if bare := _bare(locked, sources, model):
+                raise InputError(
+                    f"finetune.freeze locks {', '.join(bare)}, whose weights nothing gave; give init=MODEL (or "
+                    "init.ENCODER=MODEL, or pretrained=true of an encoder); to lock it as it is drawn, set model.freeze"
+                )
     return sources
 
 
@@ -110,14 +119,11 @@ def adapt(lora: Lora, model: MultimodalModel, sources: Sequence[Source], config:
     nothing gave the weights of an encoder or of the fusion: beside adapters those stay as they are drawn.
     """
     lora.attach(model)
-    given = {source.part for source in sources}
-    if None in given:
+    if any(source.part is None for source in sources):
         return
-    encoders = config.get("encoders") or {}
     parts = [part for part in model.encoders if part not in model.frozen]
     parts += [] if model.fusion is None else ["fusion"]
-    bare = [part for part in parts if part not in given and not _pretrained(encoders.get(part))]
-    if bare:
+    if bare := _bare(parts, sources, config):
         raise InputError(
             f"finetune.lora freezes all weights but the adapters, and those of {', '.join(bare)} would stay as they "
             "are drawn at the start; give init=MODEL (or init.ENCODER=MODEL, or pretrained=true of an encoder), or "
@@ -128,6 +134,12 @@ def adapt(lora: Lora, model: MultimodalModel, sources: Sequence[Source], config:
     for number in (model.logit_scale, model.logit_bias):
         if number is not None:
             number.requires_grad_(True)
+
+
+def _bare(parts: Iterable[str], sources: Sequence[Source], model: Mapping[str, Any]) -> list[str]:
+    """Name those of some parts of a model whose weights come from no source, nor from its config."""
+    given, encoders = {source.part for source in sources}, model.get("encoders") or {}
+    return [part for part in parts if not given & {None, part} and not _pretrained(encoders.get(part))]
 
 
 def _pretrained(config: Any) -> bool:

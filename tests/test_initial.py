@@ -181,6 +181,12 @@ def test_adapters_leave_a_plain_model_that_is_exported(averaged, tmp_path):
     assert main(["export", "open_clip", str(averaged), str(tmp_path / "out")]) == 0
 
 
+def test_encoders_to_lock_need_weights(tiny, tmp_path, capsys):
+    assert run(*tiny, "finetune=lit", f"run_dir={tmp_path / 'no'}") == 2
+    assert "finetune.freeze locks text, whose weights nothing gave; give init=MODEL" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_adapters_need_weights_to_lie_beside(tiny, tmp_path, capsys):
     assert run(*tiny, "finetune=lora", f"run_dir={tmp_path / 'no'}") == 2
     assert "those of image, text would stay as they are drawn" in capsys.readouterr().err
