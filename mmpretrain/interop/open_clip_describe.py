@@ -34,15 +34,15 @@ TRAINING = ("drop_path_rate", "patch_drop_rate", "proj_drop_rate", "pos_drop_rat
 """Arguments of timm that change nothing outside of training."""
 
 
-def describe(model: MultimodalModel, stated: Mapping[str, Any]) -> Config:
-    """Return open_clip's `model_cfg`; `stated` is our config of the image encoder.
+def describe(model: MultimodalModel, stated: Mapping[str, Any], image_size: int) -> Config:
+    """Return open_clip's `model_cfg`; `stated` is our config of the image encoder, `image_size` the preprocessing's.
 
     Raises `InputError` naming what open_clip does not have.
     """
     if set(model.encoders) != {"image", "text"}:
         raise _refused(f"encoders {', '.join(model.encoders)}; it has one for images and one for texts")
     text = _described(text_tower, model.encoders["text"])
-    section, native = _vision(model, stated)
+    section, native = _vision(model, stated, image_size)
     quick = {tower.activation == "quick_gelu" for tower in (text, native) if tower is not None}
     if len(quick) > 1:
         raise _refused("QuickGELU in one encoder alone")
@@ -61,7 +61,7 @@ def describe(model: MultimodalModel, stated: Mapping[str, Any]) -> Config:
     return config
 
 
-def _vision(model: MultimodalModel, stated: Mapping[str, Any]) -> tuple[Config, ImageTower | None]:
+def _vision(model: MultimodalModel, stated: Mapping[str, Any], image_size: int) -> tuple[Config, ImageTower | None]:
     """Return `vision_cfg`, and the tower where it is open_clip's own ViT and not timm's."""
     encoder: Any = model.encoders["image"]
     projection = model.projections["image"]
@@ -78,7 +78,7 @@ def _vision(model: MultimodalModel, stated: Mapping[str, Any]) -> tuple[Config, 
         return _vit(tower, encoder), tower
     if getattr(encoder, "pool", None) is not None:
         raise _refused(f"{type(encoder.pool).__name__} on an image encoder that is not its own ViT")
-    return _trunk(encoder, projection, stated, tower), None
+    return _trunk(encoder, projection, stated, tower, image_size), None
 
 
 def _resnet(backbone: Any) -> Config:
@@ -118,19 +118,22 @@ def _vit(tower: ImageTower, encoder: Any) -> Config:
     return section
 
 
-def _trunk(encoder: Any, projection: nn.Module, stated: Mapping[str, Any], tower: ImageTower | None) -> Config:
+def _trunk(
+    encoder: Any, projection: nn.Module, stated: Mapping[str, Any], tower: ImageTower | None, image_size: int
+) -> Config:
     """A timm backbone, which open_clip builds by its name and kind of pooling alone."""
     name, arguments = stated.get("name"), stated.get("model_args") or {}
     if name is None or not timm.is_model(name):
         raise _refused(f"{type(encoder).__name__} as image encoder")
-    pool = getattr(encoder.backbone, "global_pool", "") or ""
+    held = getattr(encoder.backbone, "global_pool", "")  # convolutional ones hold a module
+    pool = getattr(held, "pool_type", held if isinstance(held, str) else "")
     changes = {key: value for key, value in arguments.items() if key not in (*TRAINING, "global_pool")}
     if changes:
         with torch.device("meta"):
             plain = timm.create_model(name, num_classes=0, **({"global_pool": pool} if pool else {}))
         if tower is None or plain_backbone(plain) != plain_backbone(encoder.backbone):
             raise _refused(f"model_args {changes} for timm's {name}, which it builds without arguments")
-    size = encoder.backbone.pretrained_cfg["input_size"][-1] if tower is None else tower.image_size
+    size = image_size if tower is None else tower.image_size
     section = {"image_size": size, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": pool}
     return section | _projection(projection)
 

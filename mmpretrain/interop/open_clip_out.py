@@ -41,7 +41,8 @@ def export(folder: str | Path, out: str | Path, tolerance: float = 1e-5, allow: 
     open_clip = needed("open_clip", "open_clip")
     pretrained = load(folder, allow=allow)
     stated = stated_image(folder)
-    config = describe(pretrained.model, stated)
+    size = getattr(pretrained.preprocess, "image_size", 0)  # what has none is refused, there or below
+    config = describe(pretrained.model, stated, size)
     mean, std = normalization(pretrained.model.encoders["image"], stated)
     preprocess = _preprocess(pretrained.preprocess, mean, std)
     with new_folder(out, "open_clip") as temporary:

@@ -50,6 +50,17 @@ def bare_resnet() -> dict[str, Any]:
     return found
 
 
+def convolutional() -> dict[str, Any]:
+    """A backbone that holds its pooling as a module, and pictures of another size than timm's."""
+    found = out_models.small_clip()
+    found["model"]["encoders"]["image"] = {
+        "_target_": "mmpretrain.ImageEncoder",
+        "name": "resnet10t",
+        "model_args": {"global_pool": "max"},
+    }
+    return found
+
+
 def tanh() -> dict[str, Any]:
     found = out_models.clip(act_layer="gelu_tanh")
     found["model"]["encoders"]["text"]["activation"] = "gelu"
@@ -58,7 +69,7 @@ def tanh() -> dict[str, Any]:
 
 FOLDED = (out_models.small_clip,)
 """Whose bias of the patches is added to their positions: equal, but not to the bit."""
-MODELS = [out_models.clip, out_models.small_clip, out_models.coca, trunk, tanh, resnet, bare_resnet]
+MODELS = [out_models.clip, out_models.small_clip, out_models.coca, trunk, convolutional, tanh, resnet, bare_resnet]
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda config: config.__name__)

@@ -44,7 +44,7 @@ def test_a_shipped_model_is_held_or_what_is_lacking_is_named(name: str) -> None:
     built, stated = model(name)
     for describe, lacking in (
         (lambda: huggingface_describe.describe(built, 49406, 0).config, SHIPPED[name][0]),
-        (lambda: open_clip_describe.describe(built, stated), SHIPPED[name][1]),
+        (lambda: open_clip_describe.describe(built, stated, 224), SHIPPED[name][1]),
     ):
         if lacking == HELD:
             assert describe()
