@@ -14,10 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The fork server imports the heavy packages once, so that each rank starts in milliseconds.
-multiprocessing.set_forkserver_preload(
-    ["torch", "timm", "mmpretrain.encoders", "mmpretrain.model", "mmpretrain.losses", "mmpretrain.evaluation"]
-)
+multiprocessing.set_forkserver_preload(["tests.preload"])
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

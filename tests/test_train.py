@@ -308,7 +308,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == EXIT_PREEMPTED and "resume=auto" in error and "Traceback" not in error
     assert (tmp_path / "r" / "checkpoints" / "latest" / "manifest.json").is_file()
 

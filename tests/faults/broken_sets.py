@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import tests.faults.preload  # noqa: F401  # no set waits for imports
+import tests.preload  # noqa: F401  # no set waits for imports
 from mmpretrain.cli import main as command
 from mmpretrain.data.shards import Shard
 from tests.shard_sets import OVERRIDES

@@ -26,7 +26,7 @@ from mmpretrain.training.checkpoint import load, newest, save
 from mmpretrain.training.folder import step_of
 from mmpretrain.training.manifest import DamagedCheckpoint
 
-multiprocessing.set_forkserver_preload(["mmpretrain.training.checkpoint"])
+multiprocessing.set_forkserver_preload(["tests.preload"])
 MEGABYTE = 1 << 20
 
 

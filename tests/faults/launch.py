@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-multiprocessing.set_forkserver_preload(["tests.faults.preload"])
+multiprocessing.set_forkserver_preload(["tests.preload"])
 
 
 class Ranks:

@@ -27,7 +27,7 @@ from mmpretrain.training.preemption import Preemption, release
 from mmpretrain.training.watchdog import Watchdog, paused
 from mmpretrain.training.workers import dead_worker
 
-multiprocessing.set_forkserver_preload(["tests.training.toy"])
+multiprocessing.set_forkserver_preload(["tests.preload"])
 ROWS = 1_000_000
 
 
