@@ -2,13 +2,14 @@
 
 import os
 
+# Small tensors gain nothing from more, and two busy processes of two threads each take four times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import torch
 
-# Small tensors gain nothing from more, and two busy processes of two threads each take four times as long.
 torch.set_num_threads(1)
 
 from pathlib import Path  # noqa: E402
@@ -28,3 +29,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(shards: Path) -> list[str]:
     """Overrides that make any image-text experiment a tiny one on those shards."""
     return [*OVERRIDES, f"data.train={shards}", f"data.val={shards}", "evaluators=image_text", "report=false"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that no process ends with one alone; a file goes to one process."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)

@@ -22,7 +22,7 @@ from mmpretrain.training.lora import Lora, merge_adapter
 from mmpretrain.training.step_model import load_step
 from tests import models
 from tests.shard_sets import OVERRIDES
-from tests.test_train import launch
+from tests.test_train import run_on_ranks
 
 FOLLOWED = ("model", "tokenizer", "data.image_size")
 STEPS = ["trainer.max_steps=4", "callbacks.checkpoint_every_n_steps=2"]
@@ -286,8 +286,7 @@ def test_two_ranks_fine_tune_as_one(tune, tmp_path):
     common = [*tune, "finetune=safe", "evaluators=none"]
     assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
     ranks = ["trainer=ddp_cpu", *STEPS, f"run_dir={tmp_path / 'two'}"]
-    done = launch("-m", "mmpretrain", "train", *common, *ranks)
-    assert done.returncode == 0, done.stderr
+    run_on_ranks(2, [*common, *ranks], tmp_path / "log")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=2e-5), step

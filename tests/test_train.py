@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 import mmpretrain
 from mmpretrain.cli import main
 from mmpretrain.errors import EXIT_PREEMPTED, EXIT_STOPPED
+from tests.faults.launch import start
 
 
 def run(*overrides: str) -> int:
@@ -30,6 +31,15 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+
+
+def run_on_ranks(ranks: int, overrides: list[str], log: Path) -> None:
+    """Train as under torchrun; launchers themselves are tested in tests/faults/test_signals.py."""
+    started = start(ranks, ["train", *overrides], log)
+    try:
+        assert started.wait(300) == [0] * ranks, started.output()
+    finally:
+        started.kill()
 
 
 def rows(folder: Path) -> dict[int, dict[str, float]]:
@@ -129,8 +139,7 @@ def test_two_ranks_equal_one(tiny, tmp_path, extra):
     common = [*tiny, *extra]
     assert run(*common, f"run_dir={tmp_path / 'one'}") == 0
     ranks = ["trainer=ddp_cpu", "trainer.max_steps=6", f"run_dir={tmp_path / 'two'}", "report=true"]
-    done = launch("-m", "mmpretrain", "train", *common, *ranks)
-    assert done.returncode == 0, done.stderr
+    run_on_ranks(2, [*common, *ranks], tmp_path / "log")
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     for step in one:
         for column in ("loss/total", "logit_scale"):
@@ -318,8 +327,7 @@ def test_fully_sharded_training_saves_the_same_model(tiny, tmp_path):
     common = [*tiny, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=4"]
     for devices in (1, 2):
         where = [f"trainer.devices={devices}", f"run_dir={tmp_path / str(devices)}"]
-        done = launch("-m", "mmpretrain", "train", *common, *where)
-        assert done.returncode == 0, done.stderr
+        run_on_ranks(devices, [*common, *where], tmp_path / f"log_{devices}")
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     for step in one:
         assert two[step]["loss/total"] == pytest.approx(one[step]["loss/total"], rel=2e-5)

@@ -71,9 +71,11 @@ def _name_output(graph: Any) -> None:
 
 def _runner(path: Path, names: tuple[str, ...]) -> Callable[..., Tensor]:
     """Give a function that runs a file with ONNX Runtime on the CPU."""
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
-    session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # else all cores, though this process was given fewer
+    session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
         feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
