@@ -185,6 +185,13 @@ def refuse_interpolations(config: Any, path: str = "") -> None:
         refuse_interpolations(value, where)
 
 
+def without_pretrained(config: Any) -> Any:
+    """Set every `pretrained` of a plain config to false: weights that are at hand are all there is to load."""
+    if isinstance(config, Mapping):
+        return {key: False if key == "pretrained" else without_pretrained(value) for key, value in config.items()}
+    return [without_pretrained(value) for value in config] if isinstance(config, list) else config
+
+
 def _refuse_pretrained(config: Any, path: str) -> None:
     """Raise `InputError` for any `pretrained` that is set, also by its position: weights would come from elsewhere."""
     for key, value in _items(config):

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.autograd.function import once_differentiable
 
+from mmpretrain.device import usable
+
 
 def is_distributed() -> bool:
     """Say whether a process group of more than one rank is up."""
@@ -57,7 +59,7 @@ def joined(device: str | torch.device) -> Iterator[torch.device]:
     A CPU joins by gloo, `cuda` by NCCL too, with one GPU for each local rank. Alone, or where a group is up already,
     nothing is joined. The others may wait two hours: rank 0 alone builds data sets.
     """
-    place, ranks = torch.device(device), int(os.environ.get("WORLD_SIZE", "1"))
+    place, ranks = usable(device), int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or ranks < 2 or "RANK" not in os.environ:
         yield place
         return

@@ -93,16 +93,12 @@ def _devices(device: str | None, processes: int | None) -> list[str]:
     """Return one device for each process; raises `InputError` for one that is not there."""
     import torch
 
+    from mmpretrain.device import usable
+
     gpus = torch.cuda.device_count()
     kind = device or ("cuda" if gpus else "cpu")
     if kind != "cuda":
-        try:
-            torch.empty(0, device=kind)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"--device {kind} cannot be used: {str(error).splitlines()[0]}; give cpu or cuda"
-            ) from error
-        return [kind] * (processes or 1)
+        return [str(usable(kind))] * (processes or 1)
     wanted = max(1, gpus) if processes is None else processes
     if wanted > gpus:
         raise InputError(f"{wanted} GPUs are wanted and {gpus} are there; set --processes or --device cpu")

@@ -1,11 +1,17 @@
-"""A new folder takes the place of an old one, or the old one stays."""
+"""Where this library keeps what it made, and how a new folder takes the place of an old one."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from mmpretrain.errors import InputError
+
+
+def cache_root() -> Path:
+    """Return $MMPRETRAIN_CACHE, else ~/.cache/mmpretrain."""
+    return Path(os.environ.get("MMPRETRAIN_CACHE") or Path.home() / ".cache" / "mmpretrain").expanduser()
 
 
 def put_in_place(new: Path, target: Path) -> None:

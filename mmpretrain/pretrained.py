@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from mmpretrain.config import without_pretrained
 from mmpretrain.errors import InputError
 from mmpretrain.folders import others, put_in_place
 from mmpretrain.types import Tokenizer
@@ -86,7 +87,7 @@ def save(
     try:
         parts = OmegaConf.create({part: config[part] for part in PARTS})
         OmegaConf.resolve(parts)
-        _forget_pretrained(parts)
+        parts = OmegaConf.create(without_pretrained(OmegaConf.to_container(parts)))
         if "path" in parts.tokenizer:
             source_file = Path(parts.tokenizer.path)
             source_file = source_file / "tokenizer.json" if source_file.is_dir() else source_file
@@ -205,17 +206,6 @@ def _check_replaceable(target: Path) -> None:
             f"{target} is not replaced: it holds {', '.join(strange[:6])}{more}, which is no part of a model; "
             "move that away or choose another path"
         )
-
-
-def _forget_pretrained(config: Any) -> None:
-    """Set every `pretrained` to false, inside lists too: the saved weights are all there is to load."""
-    from omegaconf import OmegaConf
-
-    for key in config if OmegaConf.is_dict(config) else range(len(config)):
-        if key == "pretrained":
-            config[key] = False
-        elif OmegaConf.is_config(config[key]):
-            _forget_pretrained(config[key])
 
 
 def _one_line(error: Exception, limit: int = 600) -> str:

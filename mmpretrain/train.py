@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from mmpretrain.config import instantiate
+from mmpretrain.config import instantiate, without_pretrained
 from mmpretrain.data.datamodule import DataModule
 from mmpretrain.data.fingerprint import check_order
 from mmpretrain.data.preflight import summary
@@ -37,7 +37,6 @@ from mmpretrain.training.lora import Lora
 from mmpretrain.training.module import TrainingModule
 from mmpretrain.training.preemption import Preemption, release
 from mmpretrain.training.remembered import remember_frozen
-from mmpretrain.training.step_model import without_pretrained
 from mmpretrain.training.workers import dead_worker
 from mmpretrain.types import Tokenizer
 

@@ -14,6 +14,7 @@ from mmpretrain.data.download import Cancelled, Refused, Retry, download
 from mmpretrain.data.redact import redact
 from mmpretrain.data.room import Part, claimed, reserve, touch
 from mmpretrain.errors import InputError
+from mmpretrain.folders import cache_root
 
 RETRY = Retry()
 MOST_INDEX = 2**28
@@ -46,8 +47,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Return `cache_dir`, else $MMPRETRAIN_CACHE/shards, else ~/.cache/mmpretrain/shards."""
     if cache_dir is not None:
         return Path(cache_dir)
-    root = os.environ.get("MMPRETRAIN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "mmpretrain") / "shards"
+    return cache_root() / "shards"
 
 
 def fetch(

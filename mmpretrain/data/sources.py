@@ -175,7 +175,7 @@ def _check_columns(table: Path, wanted: Iterable[str], present: Iterable[str]) -
         if column not in present:
             raise InputError(
                 f"{table} has no column {column!r}, only {', '.join(map(str, present))}; "
-                "set --image-column, --caption-column or --key-column"
+                "set --image-column, --caption-column or --key-column of shards write, --column of embed"
             )
 
 

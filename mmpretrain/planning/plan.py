@@ -106,7 +106,7 @@ def plan(config: DictConfig) -> Plan:
     feed, seen = arguments.feed(config), arguments.samples_seen(config)
     precision = arguments.precision(config, hardware)
     with torch.device("meta"):
-        model: MultimodalModel = build(config.model)
+        model = _model(config, build)
     shapes = arguments.shapes(config, model)
     run = _run(config, build, model, shapes, hardware, ranks, precision)
     parts = memory(run, rows)
@@ -122,9 +122,17 @@ def plan(config: DictConfig) -> Plan:
         suggestions=[],
         messages=messages(run, rows),
         times=times(run, rows, feed),
-        notes=_notes(config, run, rows, precision),
+        notes=_notes(config, build, run, rows, precision),
     )
     return made if made.fits else made._replace(suggestions=suggest(config, build, made, shapes, precision))
+
+
+def _model(config: DictConfig, build: Any) -> MultimodalModel:
+    """Build what is trained: with the adapters of `finetune`, beside which the rest has no gradients."""
+    model: MultimodalModel = build(config.model)
+    if config.finetune.lora is not None:
+        build(config.finetune.lora).attach(model)
+    return model
 
 
 def _run(
@@ -175,7 +183,7 @@ def _measured(
         checkpoint_activations(model, mode)
 
     return measure(
-        lambda: build(config.model),
+        lambda: _model(config, build),
         shapes,
         precision.autocast,
         hardware.kind == "gpu",  # on a CPU training takes plain attention
@@ -208,7 +216,7 @@ def suggest(
     return found
 
 
-def _notes(config: DictConfig, run: Run, rows: int, precision: Precision) -> list[str]:
+def _notes(config: DictConfig, build: Any, run: Run, rows: int, precision: Precision) -> list[str]:
     hardware = run.hardware
     share = f"Efficiency {hardware.efficiency:.0%} of what large products reach ({hardware.attainable:.0%} of the peak)"
     if hardware.kind == "gpu":
@@ -227,6 +235,10 @@ def _notes(config: DictConfig, run: Run, rows: int, precision: Precision) -> lis
     unknown = [name for name, cost in run.losses(run.place(rows)).items() if not cost.known]
     if unknown:
         notes.append(f"Nothing is counted of the losses {', '.join(unknown)}, which are not of this library.")
+    if config.finetune.remember:
+        notes.append("Remembered embeddings of a frozen encoder are counted as computed, as in the first epoch.")
+    if any(getattr(loss, "needs_original", False) for loss in build(config.losses)["losses"].values()):
+        notes.append("The original model, which a loss compares with, is not counted.")
     if config.trainer.get("compile") is not None:
         notes.append("Compiled steps keep fewer activations than counted here.")
     if config.trainer.get("fp8"):

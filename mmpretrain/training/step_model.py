@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from mmpretrain.config import without_pretrained
 from mmpretrain.errors import InputError
 from mmpretrain.pretrained import Pretrained
 from mmpretrain.training.checkpoint import rebuild
@@ -151,10 +152,3 @@ def _without_adapters(weights: dict[str, Tensor], path: Path) -> dict[str, Tenso
             f"{path} holds low-rank adapters, of which {run_config(path)} says nothing; leave checkpoints in their run"
         )
     return Lora(rank=int(options["rank"]), alpha=float(options["alpha"])).merged(weights)
-
-
-def without_pretrained(config: Any) -> Any:
-    """Set every `pretrained` to false: the checkpoint's weights are all there is to load."""
-    if isinstance(config, Mapping):
-        return {key: False if key == "pretrained" else without_pretrained(value) for key, value in config.items()}
-    return [without_pretrained(value) for value in config] if isinstance(config, list) else config

@@ -135,7 +135,7 @@ def test_a_folder_of_other_embeddings_is_not_mixed_with(model, pictures, tmp_pat
         (["--column", "x"], "is no table"),
         (["--batch-size", "0"], "--batch-size is 0; give at least 1"),
         (["--workers", "-1"], "--workers is -1; give at least 0"),
-        (["--device", "nothing"], "--device nothing cannot be used"),
+        (["--device", "nothing"], "device 'nothing' cannot be used"),
     ],
 )
 def test_wrong_input_is_said_before_anything_is_written(model, pictures, tmp_path, capsys, options, said):

@@ -259,3 +259,16 @@ def test_the_plan_gives_each_rank_of_a_cpu_its_share(planned):
     found = planned(f"experiment={TINY}", "hardware=cpu", "trainer=ddp_cpu", "data.global_batch_size=64")
     assert found.run.hardware == hardware("cpu").shared(2)
     assert any("one run of CLIP B/32" in line for line in found.notes)
+
+
+def test_adapters_are_what_is_trained(planned: Planning):
+    tiny = (f"experiment={TINY}", QUICK)
+    whole, adapted = planned(*tiny), planned(*tiny, "finetune=safe", "finetune.lora.rank=2")
+    # Beside the adapters' own products: forward as before, and no gradients of weights, which are half of backward.
+    assert adapted.run.model.forward == pytest.approx(whole.run.model.forward, rel=0.05)
+    assert 0.6 < adapted.run.model.useful / whole.run.model.useful < 0.75
+    assert adapted.run.weights.trained < 0.02 * whole.run.weights.trained
+    assert adapted.run.weights.state < 0.02 * whole.run.weights.state
+    assert any("original model" in note for note in adapted.notes) and not any(
+        "original" in note for note in whole.notes
+    )
