@@ -117,9 +117,13 @@ def _fail(message: str, status: int = EXIT_INPUT) -> int:
 
 def _train(arguments: list[str]) -> int:
     def job(config: Any) -> None:
-        from mmpretrain.train import show, train
+        from mmpretrain.evaluation.console import show
+        from mmpretrain.runs import rank_zero
+        from mmpretrain.train import train
 
-        show(train(config))
+        metrics = train(config)
+        if rank_zero():
+            show(metrics)
 
     return _hydra("train", job, arguments)
 
@@ -127,11 +131,8 @@ def _train(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     def job(config: Any) -> None:
         from mmpretrain.evaluate import evaluate
-        from mmpretrain.train import show
 
-        metrics = evaluate(config)
-        if not config.json:
-            show(metrics)
+        evaluate(config)
 
     return _hydra("evaluate", job, arguments)
 

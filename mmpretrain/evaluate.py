@@ -18,6 +18,7 @@ from mmpretrain.errors import InputError
 from mmpretrain.evaluation import run_evaluators, write_metrics
 from mmpretrain.evaluation.benchmark import works_of
 from mmpretrain.evaluation.candidates import Candidate, find, names_one
+from mmpretrain.evaluation.console import show
 from mmpretrain.evaluation.results import Results, Work, work
 from mmpretrain.evaluation.suite import run_suite
 from mmpretrain.evaluation.tables import csv_text, flat, json_text, rows_of
@@ -58,6 +59,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             print(f"written to {output}", file=sys.stderr)
             if config.json:
                 print(json.dumps(metrics, indent=1, sort_keys=True))
+            else:
+                show(metrics)
         return metrics
 
 
@@ -82,6 +85,11 @@ def _suite(
         lambda one: build(one.config),
         config.overwrite,
     )
+    metrics = {
+        "/".join(filter(None, (candidate.name if len(candidates) > 1 else "", key))): value
+        for candidate, one, of_one in measured
+        for key, value in flat(one.data_set, one.task, of_one).items()
+    }
     if rank() == 0:
         from mmpretrain.evaluation.compare import write_comparison  # it imports matplotlib
 
@@ -92,12 +100,10 @@ def _suite(
         print(f"written to {output}, {table} and {page}", file=sys.stderr)
         if config.json:
             print(output.read_text(encoding="utf-8"), end="")
+        else:
+            show(metrics)
     barrier()
-    return {
-        "/".join(filter(None, (candidate.name if len(candidates) > 1 else "", key))): value
-        for candidate, one, metrics in measured
-        for key, value in flat(one.data_set, one.task, metrics).items()
-    }
+    return metrics
 
 
 def _is_of(output: Path, benchmark: str) -> bool:

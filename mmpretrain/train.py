@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain.config import instantiate, without_pretrained
@@ -223,19 +222,3 @@ def finish(
 def loggers(built: Any) -> list[Logger]:
     """List the loggers of the config group besides the CSV file, which is always written."""
     return [value for value in (built or {}).values() if isinstance(value, Logger)]
-
-
-def show(metrics: Mapping[str, float]) -> None:
-    """Print the metrics that have a chance level as a short table, on rank 0."""
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", "value", "95 % interval", "chance")
-    for name, value in metrics.items():
-        if f"{name}/chance" in metrics:
-            low, high = metrics[f"{name}/ci_low"], metrics[f"{name}/ci_high"]
-            table.add_row(name, f"{value:.1%}", f"{low:.1%} to {high:.1%}", f"{metrics[f'{name}/chance']:.1%}")
-    if table.row_count:
-        Console().print(table)
