@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mmpretrain.data.shards import ChecksumError, Shard, expand
-from mmpretrain.data.sources import TABLES, ParquetCell, find_pictures, read_picture, rows_of
+from mmpretrain.data.sources import PICTURES, TABLES, ParquetCell, find_pictures, read_picture, rows_of
 from mmpretrain.errors import InputError
 
 PICTURE, TEXT = "picture", "txt"
@@ -165,14 +165,19 @@ def open_source(source: str, is_text: bool, column: str | None = None, key_colum
     """Open a folder of pictures, a table, or shards (a path, a pattern, a URL or a folder of `*.tar`).
 
     `column` of a table: default `caption` for text, `image` for pictures. Raises `InputError` for what is none of
-    them, and for text from a folder of pictures.
+    them, for text from a folder of pictures, and for a folder of pictures and shards.
     """
     path = Path(source)
     if path.suffix.lower() in TABLES and not path.is_dir():
         return Table(path, column or ("caption" if is_text else "image"), is_text, key_column)
     if column or key_column:
         raise InputError(f"{source} is no table ({', '.join(TABLES)}); --column and --key-column need one")
-    if path.is_dir() and not any(path.glob("*.tar")):
+    has_shards = path.is_dir() and any(path.glob("*.tar"))
+    if has_shards and any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
+        raise InputError(
+            f"{source} holds pictures and shards; give '{source}/*.tar' for the shards, or move them apart"
+        )
+    if path.is_dir() and not has_shards:
         if is_text:
             raise InputError(f"{source} is a folder of pictures; text comes from a table or from shards")
         return Folder(path)

@@ -144,6 +144,14 @@ def test_wrong_input_is_said_before_anything_is_written(model, pictures, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_pictures_and_shards_is_not_guessed_at(model, pictures, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(pictures, mixed)
+    (mixed / "0.tar").write_bytes(b"")
+    assert main(["embed", str(model), str(mixed), str(tmp_path / "out")]) == 2
+    assert "holds pictures and shards; give" in capsys.readouterr().err
+
+
 def test_paths_mean_the_same_in_every_folder(model, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(pictures)
     assert main(["embed", os.path.relpath(model), ".", str(tmp_path / "out"), "--part-size", "9"]) == 0
