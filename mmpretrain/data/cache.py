@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from mmpretrain.data.download import Cancelled, Refused, Retry, download
 from mmpretrain.data.redact import redact
-from mmpretrain.data.room import Part, claimed, reserve, touch
+from mmpretrain.data.room import Part, claimed, finish, reserve, touch
 from mmpretrain.errors import InputError
 from mmpretrain.folders import cache_root
 
@@ -109,7 +109,7 @@ def _fetch_into(target: Path, url: str, cancelled: threading.Event, most: int | 
         with claimed(target, cancelled) as part:
             if part is not None:
                 _fill(part, url, cancelled, most)
-                part.path.replace(target)
+                finish(part, target)
     except InputError as error:
         # Not chained: the cause's own words may hold what was redacted here.
         kind = Refused if isinstance(error, Refused) else InputError

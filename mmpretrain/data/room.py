@@ -150,6 +150,12 @@ def reserve(part: Part, size: int, cancelled: threading.Event) -> None:
         cancelled.wait(0.1)
 
 
+def finish(part: Part, target: Path) -> None:
+    """Give a part that is whole its final name, not while another process counts: it would see both names or none."""
+    with _locked(target.parent):
+        part.path.replace(target)
+
+
 def _evict(folder: Path, most: int, young_too: bool) -> bool:
     """Remove shards until `most` bytes are left; returns whether it was enough."""
     sweep(folder)
